@@ -1,0 +1,68 @@
+"""Which device and number type to compute with."""
+
+from __future__ import annotations
+
+import torch
+
+from puna.errors import SettingsError, nearest
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """The device named, or the best one present for `auto`: CUDA, then MPS, then the CPU.
+
+    Raises:
+        SettingsError: the name is unknown, or this machine has no such device.
+    """
+    kind, _, index = name.partition(":")
+    if kind not in DEVICES or (index and not index.isdigit()):
+        raise SettingsError(
+            f"device must be one of {', '.join(DEVICES)}, got {name!r}.{nearest(name, DEVICES)}"
+        )
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if kind == "auto":
+        kind = next(candidate for candidate in ("cuda", "mps", "cpu") if available[candidate])
+    if not available[kind]:
+        raise SettingsError(f'device {name!r} is not available on this machine; use device = "auto"')
+    if kind == "cuda":
+        return torch.device("cuda", int(index) if index else local_rank)
+    return torch.device(kind)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The number type named; `auto` is bfloat16 where the hardware multiplies in it, else float32.
+
+    Raises:
+        SettingsError: the name is unknown.
+    """
+    if name == "auto":
+        return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+    if name not in DTYPES:
+        raise SettingsError(
+            f"dtype must be auto or one of {', '.join(DTYPES)}, got {name!r}.{nearest(name, DTYPES)}"
+        )
+    return DTYPES[name]
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 run in hardware, rather than emulated and slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported() and _cpu_has_bfloat16_products()
+    return False
+
+
+def _cpu_has_bfloat16_products() -> bool:
+    """oneDNN accepts bfloat16 on any AVX-512 machine; only these instructions make it faster than float32."""
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    if capabilities in ("NEON", "SVE256", "DEFAULT"):
+        return False
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
