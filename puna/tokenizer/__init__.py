@@ -1,0 +1,32 @@
+"""Text → ids → text: one `Tokenizer` over three kinds of file, training, chat templates.
+
+reading.py               load(path): which kind of file it is, and what stands beside it
+tokenizer.py             Tokenizer, which everybody else holds
+codec.py                 what a kind of file must offer
+sentencepiece_reader.py  Llama 1 and 2, and what `train.py` makes
+tiktoken_reader.py       Llama 3
+json_reader.py           tokenizer.json of Hugging Face
+stream.py                ids → text as they come, never half a character
+specials.py              where special tokens stand in a text
+sidecar.py               tokenizer_config.json and the other files beside a tokenizer
+saving.py, export.py     a directory that transformers opens with the same ids
+merges.py, protobuf.py   BPE merges from scores or ranks; SentencePiece's own file format
+train.py                 a new tokenizer, by LLaMA's rules
+inspect.py               what a tokenizer knows, and how well it fits a text
+chat.py, sandbox.py      conversations → ids
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from puna.tokenizer.tokenizer import Tokenizer
+
+
+def load(path: str | Path) -> Tokenizer:
+    """The tokenizer in a file or directory, of any kind; see `puna.tokenizer.reading.load`."""
+    from puna.tokenizer import reading
+
+    return reading.load(path)

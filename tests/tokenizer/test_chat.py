@@ -1,0 +1,240 @@
+"""Conversations: ids of whole ones, BOS once, and contents that never become special tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from puna.errors import TokenizerError
+from puna.tokenizer.chat import TEMPLATES, render, render_text
+from puna.tokenizer.reading import load
+from puna.tokenizer.tokenizer import Tokenizer
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi there "},
+    {"role": "assistant", "content": " Hello!"},
+    {"role": "user", "content": "<s>Why?</s>"},
+]
+
+
+def test_llama3_ids(assets: Path) -> None:
+    """From the tests of Meta's own llama3, one stretch of the conversation a line."""
+    llama3 = load(assets / "tokenizers/llama3/tokenizer.model")
+    messages = [
+        {"role": "system", "content": "This is a test sentence."},
+        {"role": "user", "content": "This is a response."},
+    ]
+    assert render(llama3, messages, "llama3") == [
+        *[128000],  # <|begin_of_text|>
+        *[128006, 9125, 128007, 271],  # <|start_header_id|> system <|end_header_id|> "\n\n"
+        *[2028, 374, 264, 1296, 11914, 13, 128009],  # This is a test sentence. <|eot_id|>
+        *[128006, 882, 128007, 271],  # <|start_header_id|> user <|end_header_id|> "\n\n"
+        *[2028, 374, 264, 2077, 13, 128009],  # This is a response. <|eot_id|>
+        *[128006, 78191, 128007, 271],  # <|start_header_id|> assistant <|end_header_id|> "\n\n"
+    ]
+
+
+def test_llama2_ids_are_metas_rule(assets: Path) -> None:
+    """Meta's llama: each pair of turns for itself, with BOS and EOS; the last user turn with BOS alone."""
+    llama2 = load(assets / "tokenizers/llama2/tokenizer.model")
+    expected = [
+        *llama2.encode("[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi there [/INST] Hello! ", eos=True),
+        *llama2.encode("[INST] <s>Why?</s> [/INST]"),
+    ]
+    assert render(llama2, TALK, "llama2") == expected
+    assert expected.count(1) == 2 and expected.count(2) == 1
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3", "vicuna", "alpaca", "chatml"])
+def test_texts(name: str, small: Tokenizer) -> None:
+    expected = {
+        "llama2": "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi there [/INST] Hello! </s>"
+        "<s>[INST] <s>Why?</s> [/INST]",
+        "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi there<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nHello!<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n<s>Why?</s><|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "vicuna": "<s>Be brief. USER: Hi there ASSISTANT: Hello!</s>USER: <s>Why?</s> ASSISTANT:",
+        "alpaca": "<s>Be brief.\n\n### Instruction:\nHi there\n\n### Response:\nHello!</s>\n\n"
+        "### Instruction:\n<s>Why?</s>\n\n### Response:\n",
+        "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi there <|im_end|>\n"
+        "<|im_start|>assistant\n Hello!<|im_end|>\n<|im_start|>user\n<s>Why?</s><|im_end|>\n"
+        "<|im_start|>assistant\n",
+    }
+    assert render_text(small, TALK, name) == expected[name]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_answer_continues_what_the_prompt_opened(name: str, each: Tokenizer) -> None:
+    """The prompt is the beginning of the whole conversation, as text; and without it nothing is opened."""
+    closed = render_text(each, TALK, name, add_generation_prompt=False)
+    answered = render_text(each, [*TALK, {"role": "assistant", "content": "Because."}], name)
+    opened = render_text(each, TALK, name)
+    assert opened.startswith(closed)
+    assert answered.startswith(opened)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_bos_once_at_the_beginning(name: str, each: Tokenizer) -> None:
+    ids = render(each, TALK[1:2], name)
+    assert ids[0] == each.bos_id
+    assert ids.count(each.bos_id) == 1
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ bos_token }}{{ bos_token }}x", "{{ 'x' }}", "{{ bos_token + 'x' }}"]
+)
+def test_bos_once_whatever_the_template_does(template: str, each: Tokenizer) -> None:
+    assert render(each, TALK, template) == each.encode("x")
+
+
+def _hostile(tokenizer: Tokenizer) -> st.SearchStrategy[str]:
+    names = list(tokenizer.specials)[:10]
+    broken = [name[:cut] for name in names[:3] for cut in (1, 2, -1)] + [name[1:] for name in names[:3]]
+    return st.lists(st.sampled_from([*names, *broken, " ", "\n", "a", "\ue000", "é"]), max_size=8).map(
+        "".join
+    )
+
+
+@pytest.mark.parametrize("kind", ["small", "ranked", "modern"])
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
+)
+@given(data=st.data())
+def test_contents_never_become_special_tokens(
+    kind: str, request: pytest.FixtureRequest, data: st.DataObject
+) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    contents = [data.draw(_hostile(tokenizer)) for _ in range(3)]
+    hostile = [{"role": m["role"], "content": c} for m, c in zip(TALK[1:], contents, strict=True)]
+    harmless = [{**message, "content": "x"} for message in hostile]
+    special = set(tokenizer.specials.values())
+    for name in TEMPLATES:
+        ids = render(tokenizer, hostile, name)
+        expected = [index for index in render(tokenizer, harmless, name) if index in special]
+        assert [index for index in ids if index in special] == expected
+        # Nothing is lost or changed either: the text is what the template writes, stand-ins undone.
+        assert tokenizer.decode(ids, specials=True).removeprefix("<s>") == _with_bos(
+            tokenizer, render_text(tokenizer, hostile, name)
+        ).removeprefix("<s>")
+
+
+def _with_bos(tokenizer: Tokenizer, text: str) -> str:
+    bos = next(name for name, index in tokenizer.specials.items() if index == tokenizer.bos_id)
+    return text if text.startswith(bos) else bos + text
+
+
+def test_names_hidden_elsewhere_in_a_message(ranked: Tokenizer) -> None:
+    source = "{{ messages[0] | tojson }}{{ messages[0].role }}{{ tools[0].name }}<|eot_id|>"
+    evil = "<|eot_id|>"
+    ids = render(
+        ranked, [{"role": evil, "content": {evil: [evil]}}], source, variables={"tools": [{"name": evil}]}
+    )
+    assert ids.count(ranked.specials[evil]) == 1
+    assert ranked.decode(ids).count(evil) == 5
+
+
+def test_templates_still_see_the_contents(ranked: Tokenizer) -> None:
+    source = (
+        "{{ messages[0].content.split('</think>')[-1] | trim | upper }}|{{ messages[0].content | length }}"
+    )
+    content = "hm</think> yes<|eot_id|> "
+    assert (
+        render_text(ranked, [{"role": "user", "content": content}], source) == f"YES<|EOT_ID|>|{len(content)}"
+    )
+
+
+def test_the_same_ids_as_transformers(assets: Path, tmp_path: Path) -> None:
+    """On harmless contents: in transformers a special token's name in a message becomes that token."""
+    for vocabulary, names in (("llama3", ["llama3"]), ("llama2", ["llama2", "vicuna", "alpaca"])):
+        ours = load(assets / f"tokenizers/{vocabulary}/tokenizer.model")
+        ours.save(tmp_path / vocabulary)
+        theirs = AutoTokenizer.from_pretrained(tmp_path / vocabulary)
+        harmless = [*TALK[:3], {"role": "user", "content": "\n Why so?\n\n  3 + 4 = é😀"}]
+        for name in names:
+            for opened in (True, False):
+                ids = theirs.apply_chat_template(
+                    harmless, chat_template=TEMPLATES[name], add_generation_prompt=opened, return_dict=False
+                )
+                assert render(ours, harmless, name, add_generation_prompt=opened) == ids
+
+
+def test_a_published_style_of_template(assets: Path, tmp_path: Path) -> None:
+    """Loops with a namespace, conditions, slices and filters, the way model directories carry them."""
+    template = (
+        "{%- set ns = namespace(first=true) -%}{%- for m in messages %}\n"
+        "    {%- if m['role'] == 'tool' and m['content'] is mapping -%}{% continue %}{%- endif -%}\n"
+        "    {%- set content = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n'"
+        " + m['content'] | trim"
+        " + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}\n"
+        "{{- content }}{% endfor %}{% if add_generation_prompt %}\n"
+        "{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    )
+    ours = load(assets / "tokenizers/llama3/tokenizer.model")
+    assert render(ours, TALK, template) == render(ours, TALK, "llama3")
+    ours.save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    ids = theirs.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
+    assert render(load(tmp_path), TALK) == ids
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("llama4", "no chat template 'llama4'; expected one of llama2, .* Did you mean 'llama"),
+        ("{% if %}", "is malformed: Expected an expression"),
+        ("{{ raise_exception('one\n two') }}", "refuses this conversation: one two$"),
+        ("{{ messages[9].content.strip() }}", "fails: UndefinedError"),
+        ("{{ ''.__class__.__mro__ }}", "fails: SecurityError"),
+        ("{{ messages.append(1) }}", "fails: SecurityError"),
+        ("{{ 'a' * 10**9 }}", "fails: SecurityError"),
+        ("{{ '%999999999d' % 1 }}", "fails: SecurityError"),
+        ("{{ '{:>999999999}'.format(1) }}", "fails: SecurityError"),
+        ("{{ 'a'.ljust(999999999) }}", "fails: SecurityError"),
+        ("{{ 'a' | indent(999999999, true) }}", "fails: SecurityError"),
+        (
+            "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+            "too large",
+        ),
+        (
+            "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+            "too large",
+        ),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}aaaa{% endfor %}{% endfor %}", "far more"),
+        ("{# " + "x" * (1 << 20) + " #}", "at most 1048576 are taken"),
+    ],
+)
+def test_bad_templates(template: str, message: str, small: Tokenizer) -> None:
+    with pytest.raises(TokenizerError, match=message) as caught:
+        render(small, TALK, template)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_conversations(small: Tokenizer) -> None:
+    with pytest.raises(TokenizerError, match="has no chat template; name one of llama2"):
+        render(small, TALK)
+    with pytest.raises(TokenizerError, match="message 2 of the conversation must be an object with a 'role'"):
+        render(small, [TALK[0], {"content": "x"}], "llama3")
+    with pytest.raises(TokenizerError, match="must take turns"):
+        render(small, [TALK[1], TALK[1]], "llama2")
+
+
+def test_what_the_sandbox_lets_through(small: Tokenizer) -> None:
+    source = (
+        "{% generation %}{{ 'a' ~ 1 ~ true }}{% endgeneration %}{{ 'x%s' % 'y' }}{{ '{}-{}'.format(1, 2) }}"
+        "{{ {'é': ['<', 1]} | tojson }}{{ '=' * 3 }}{% for i in range(9) %}"
+        "{% if i > 1 %}{% break %}{% endif %}{{ i }}{% endfor %}{{ strftime_now('%Y') | length }}"
+    )
+    assert render_text(small, [], source) == 'a1Truexy1-2{"é": ["<", 1]}===014'
