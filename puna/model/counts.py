@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from puna.model.config import ModelConfig
 from puna.model.weights import shapes
@@ -32,7 +32,7 @@ def parameters(config: ModelConfig) -> ParameterCounts:
     >>> parameters(PRESETS["llama-7b"]).total
     6738415616
     """
-    sums = dict.fromkeys(ParameterCounts.__dataclass_fields__, 0)
+    sums = {part.name: 0 for part in fields(ParameterCounts)}
     for name, shape in shapes(config).items():
         sums[_part(name)] += math.prod(shape)
     return ParameterCounts(**sums)

@@ -138,7 +138,7 @@ class Decoder(nn.Module):
             positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
         x = self.embed_tokens(ids)  # (B, T, D)
         mask = None if documents is None else document_mask(documents, _product_dtype(x))  # (B, 1, T, T)
-        # Angles stay in float32 in a half-precision model: at position 1,000 bfloat16 is off by whole turns.
+        # Angles stay in float32 in a half-precision model: from 512 on bfloat16 has only every fourth number.
         wide = torch.promote_types(x.dtype, torch.float32)
         cos, sin = self.rope(positions, wide, self._lengths(positions, documents, cache))  # (B, T, H)
         for index, layer in enumerate(self.layers):

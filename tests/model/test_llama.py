@@ -193,6 +193,22 @@ def test_autocast_stays_near_float32_with_float32_parameters(packed):
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_mask_has_the_type_of_the_queries_so_that_layers_share_it(monkeypatch, autocast):
+    config, seen = CONFIGS["grouped"], []
+
+    def spy(q, k, v, *, mask, causal, dropout):
+        seen.append((mask.dtype == q.dtype, mask.data_ptr()))
+        return KERNELS["fused"](q, k, v, mask=mask, causal=causal, dropout=dropout)
+
+    monkeypatch.setitem(llama_module.KERNELS, "spy", spy)
+    documents, positions = packed_row()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        Llama(config, "spy")(ids_of(config, 1, 40), positions, documents)
+    assert all(same for same, _ in seen)
+    assert len({address for _, address in seen}) == 1
+
+
 def test_bfloat16_turns_by_float32_angles():
     """At position 100,000 neighbouring bfloat16 numbers are 512 apart; the angle must not be."""
     config = CONFIGS["multi-head"]
