@@ -25,7 +25,11 @@ def _below(cls: type[PunaError]) -> list[type[PunaError]]:
 
 def test_tree_is_drawn_at_the_top() -> None:
     drawn = errors.__doc__ or ""
-    assert [cls.__name__ for cls in _below(PunaError) if cls.__module__ == "puna.errors" and cls.__name__ not in drawn] == []
+    assert [
+        cls.__name__
+        for cls in _below(PunaError)
+        if cls.__module__ == "puna.errors" and cls.__name__ not in drawn
+    ] == []
 
 
 @pytest.mark.parametrize(("name", "suggestion"), [("cosin", " Did you mean 'cosine'?"), ("zzz", "")])

@@ -1,0 +1,151 @@
+"""Tensors into safetensors files of a chosen size, one tensor in memory at a time.
+
+The library's writer wants all tensors of a file at once, and hides why a write failed. A file is eight
+bytes with the length of its header, the header (JSON, padded with spaces), then the tensors' bytes. The
+header comes first and is known last, so its room is reserved, from the names and shapes of the config.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from puna.devices import DTYPES
+from puna.errors import ModelError
+from puna.formats.json_files import write_object
+from puna.formats.safetensors_reader import DTYPES as STORED
+from puna.formats.safetensors_reader import INDEX, SINGLE, is_finite
+from puna.model.weights import Packed, Weights, shapes
+
+CODES = {dtype: code for code, dtype in STORED.items()}
+_ALIGNMENT = 64  # of the first tensor's place in a file, so that mapped tensors are read in whole cache lines
+_LARGEST = 10**15  # bytes; no offset has more digits
+
+Record = Callable[[str, Tensor, memoryview], None]
+"""Told of every tensor as it is written: name, tensor, and its bytes."""
+
+
+def write_tensors(
+    directory: Path, weights: Weights, dtype: torch.dtype | None, shard_bytes: int, record: Record
+) -> torch.dtype:
+    """Write model.safetensors, or shards of at most `shard_bytes` and their index; return the type written.
+
+    A tensor larger than `shard_bytes` gets a shard of its own. `dtype` None keeps every tensor's type, and
+    returns the type that most have.
+
+    Raises:
+        ModelError: a tensor is packed, missing, or does not fit into `dtype`.
+        OSError: as it comes; the directory is then incomplete.
+    """
+    kinds: list[torch.dtype] = []
+    place: dict[str, int] = {}
+    with closing(_Shards(directory, _header_room(weights), shard_bytes)) as shards:
+        for name, tensor in _converted(weights, dtype):
+            kinds.append(tensor.dtype)
+            place[name] = shards.add(name, tensor, record)
+    _name_shards(directory, place, shards.total_bytes)
+    return max(dict.fromkeys(kinds), key=kinds.count)
+
+
+def payload(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor as files hold them: row by row, little-endian as every machine torch runs on."""
+    flat = tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()
+    return memoryview(flat)  # type: ignore[arg-type]  # an array is a buffer from Python 3.12's types on
+
+
+class _Shards:
+    """Files shard-0, shard-1, …, the next begun where a tensor would make the last one too large."""
+
+    def __init__(self, directory: Path, header_room: int, limit: int) -> None:
+        self._directory, self._room, self._limit = directory, header_room, limit
+        self._file: BinaryIO | None = None
+        self._header: dict[str, Any] = {}
+        self._number, self._filled, self.total_bytes = -1, 0, 0
+
+    def add(self, name: str, tensor: Tensor, record: Record) -> int:
+        """Append a tensor; the number of the file it went to."""
+        data = payload(tensor)
+        if self._file is None or (self._filled and self._filled + len(data) > self._limit):
+            self.close()
+            self._begin()
+        assert self._file is not None
+        self._file.write(data)
+        record(name, tensor, data)
+        begin, self._filled = self._filled, self._filled + len(data)
+        self.total_bytes += len(data)
+        self._header[name] = _entry(CODES[tensor.dtype], tensor.shape, begin, self._filled)
+        return self._number
+
+    def close(self) -> None:
+        """Write the header of the file at hand."""
+        if self._file is None:
+            return
+        with self._file as file:
+            self._file = None
+            text = json.dumps(self._header, separators=(",", ":")).encode()
+            assert len(text) <= self._room
+            file.seek(0)
+            file.write(self._room.to_bytes(8, "little") + text.ljust(self._room))
+
+    def _begin(self) -> None:
+        self._number += 1
+        self._filled, self._header = 0, {"__metadata__": {"format": "pt"}}  # transformers asks for this
+        self._file = (self._directory / f"shard-{self._number}").open("wb")
+        self._file.seek(8 + self._room)
+
+
+def _header_room(weights: Weights) -> int:
+    """Bytes that the header of any one file needs at most, such that tensors begin aligned."""
+    entries = {
+        name: _entry("BF16", shape, _LARGEST, _LARGEST) for name, shape in shapes(weights.config).items()
+    }
+    entries["__metadata__"] = {"format": "pt"}
+    needed = 8 + len(json.dumps(entries, separators=(",", ":")))
+    return -(-needed // _ALIGNMENT) * _ALIGNMENT - 8
+
+
+def _entry(code: str, shape: tuple[int, ...], begin: int, end: int) -> dict[str, Any]:
+    return {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+def _converted(weights: Weights, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in the type to store, once it is sure that it belongs to the model and survives this."""
+    missing = shapes(weights.config)
+    for name, tensor in weights:
+        if isinstance(tensor, Packed):
+            raise ModelError(f"{name} is packed as {tensor.scheme}; safetensors files take plain numbers")
+        if missing.pop(name, None) != tuple(tensor.shape):
+            raise ModelError(f"{name} {list(tensor.shape)} is not a tensor of a model of this config")
+        kind = tensor.dtype if dtype is None else dtype
+        if kind not in CODES:
+            raise ModelError(f"{name} is {kind}; expected one of {', '.join(DTYPES)}")
+        converted = tensor.to(kind)
+        if not is_finite(converted):
+            why = (
+                f"overflows {kind}"
+                if is_finite(tensor)
+                else "holds NaN or infinite values: training diverged"
+            )
+            raise ModelError(f"{name} {why}; the model was not saved")
+        yield name, converted
+    if missing:
+        raise ModelError(f"the weights lack {', '.join(list(missing)[:5])}; the model was not saved")
+
+
+def _name_shards(directory: Path, place: dict[str, int], total_bytes: int) -> None:
+    """Give the files their names, which hold how many there are."""
+    count = max(place.values()) + 1
+    if count == 1:
+        (directory / "shard-0").rename(directory / SINGLE)
+        return
+    names = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
+    for number, name in enumerate(names):
+        (directory / f"shard-{number}").rename(directory / name)
+    table = {name: names[number] for name, number in place.items()}
+    write_object(directory / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": table})

@@ -1,0 +1,1 @@
+"""Native code: what this machine can build, and kernels, each beside its plain torch equivalent."""

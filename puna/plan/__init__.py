@@ -1,0 +1,1 @@
+"""Config and hardware to memory, time and cost; and what this machine really reaches."""

@@ -1,0 +1,10 @@
+"""What a user runs: settings in, a finished thing out. Short assemblies of the rooms to the left.
+
+run_settings.py  the settings of a training run
+corpus.py        where its documents come from, its tokenizer, its token shards
+pretrain.py      from scratch or from a model directory, to a trained model
+validation.py    loss, perplexity and bits per byte on held-out tokens
+samples.py       what the model writes while it learns
+compression.py   what gzip and xz need for the same text
+demo.py          the whole path on the text that every Python carries
+"""

@@ -1,0 +1,89 @@
+"""What a model is: config, parameters by part, tokenizer, provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import puna.tokenizer
+from puna import formats
+from puna.formats import provenance
+from puna.model.counts import flops_per_token, parameters
+
+Say = Callable[[str], None]
+
+
+def describe(model: str, say: Say) -> dict[str, Any]:
+    """Print and return it; no weights are read.
+
+    Raises:
+        ModelError: the path is not a model.
+    """
+    source = formats.open_model(formats.resolve(model))
+    config, counts = source.config, parameters(source.config)
+    record = provenance.read(source.path)
+    result = {
+        "path": str(source.path),
+        "format": source.format,
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "config": config.model_dump(mode="json"),
+        "parameters": {**asdict(counts), "total": counts.total},
+        "flops_per_token": flops_per_token(config, config.max_position_embeddings, training=False),
+        "tokenizer": _tokenizer(source),
+        "end_ids": list(source.end_ids),
+        "provenance": record,
+    }
+    for line in _lines(result):
+        say(line)
+    return result
+
+
+def _tokenizer(source: formats.Source) -> dict[str, Any] | None:
+    if source.tokenizer_path is None:
+        return None
+    tokenizer = puna.tokenizer.load(source.tokenizer_path)
+    return {
+        "kind": tokenizer.kind,
+        "vocab_size": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "chat_template": tokenizer.chat_template is not None,
+        "fingerprint": tokenizer.fingerprint,
+    }
+
+
+def _lines(result: dict[str, Any]) -> list[str]:
+    counts = result["parameters"]
+    parts = "  ".join(f"{part} {counts[part]:,}" for part in counts if part != "total")
+    return [
+        f"{result['path']} ({result['format']}, stored in {result['dtype']})",
+        f"parameters  {counts['total']:,}  ({parts})",
+        *(f"  {key:<24} {_short(value)}" for key, value in result["config"].items()),
+        *_tokenizer_lines(result["tokenizer"], result["end_ids"]),
+        *_provenance_lines(result["provenance"]),
+    ]
+
+
+def _tokenizer_lines(tokenizer: dict[str, Any] | None, end_ids: list[int]) -> list[str]:
+    if tokenizer is None:
+        return ["tokenizer   none: prompts must be ids"]
+    template = "a chat template" if tokenizer["chat_template"] else "no chat template"
+    return [
+        f"tokenizer   {tokenizer['kind']}, {tokenizer['vocab_size']:,} tokens, BOS {tokenizer['bos_id']}, "
+        f"ends at {', '.join(map(str, end_ids)) or 'nothing'}, {template}"
+    ]
+
+
+def _provenance_lines(record: dict[str, Any] | None) -> list[str]:
+    if record is None:
+        return ["provenance  none recorded (no puna.json)"]
+    lines = [f"provenance  puna {record['puna']}, weights sha256 {record['weights']['sha256'][:16]}…"]
+    training = {key: value for key, value in (record.get("training") or {}).items() if value is not None}
+    return lines + [f"  {key:<24} {_short(value)}" for key, value in training.items()]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={item}" for key, item in value.items())
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

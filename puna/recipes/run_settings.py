@@ -1,0 +1,176 @@
+"""The settings of a training run: what a RUN.toml may say."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from puna.errors import SettingsError
+from puna.model.config import ModelConfig
+from puna.model.presets import PAPER_TRAINING, preset
+from puna.settings import Settings, layout, neutral, parse
+from puna.tokenizer.train import TokenizerSettings
+from puna.train.checkpoint import CheckpointSettings
+from puna.train.compile import CompileSettings
+from puna.train.determinism import DeterminismSettings
+from puna.train.optimizer import OptimizerSettings
+from puna.train.precision import PrecisionSettings
+from puna.train.schedule import ScheduleSettings
+
+
+class ModelSettings(Settings):
+    """A preset, some of its fields changed, or every field given; the vocabulary comes from the tokenizer."""
+
+    preset: str | None = None
+    fields: dict[str, Any] = {}
+
+    def config(self, vocab_size: int, row_length: int) -> ModelConfig:
+        """The config these settings make; its context holds at least one training row.
+
+        Raises:
+            SettingsError: the fields do not make a model.
+            ModelError: there is no such preset.
+        """
+        if self.preset is None and not self.fields:
+            raise SettingsError("model: give model.preset, model.fields, or init_from (a model directory)")
+        base = preset(self.preset).model_dump(exclude_unset=True) if self.preset else {}
+        context = max(row_length, base.get("max_position_embeddings", 0))
+        fields = {**base, "max_position_embeddings": context, **self.fields, "vocab_size": vocab_size}
+        return parse(ModelConfig, fields, "model.fields")
+
+
+class TokenizerChoice(Settings):
+    """A tokenizer that exists (`path`), or one to train on the run's own text."""
+
+    path: str | None = None
+    train: TokenizerSettings | None = None
+
+    @model_validator(mode="after")
+    def _not_both(self) -> Self:
+        if self.path is not None and self.train is not None:
+            raise ValueError("give tokenizer.path (use one) or tokenizer.train (make one), not both")
+        return self
+
+
+class DataSettings(Settings):
+    """Where text comes from, and how it becomes rows of tokens."""
+
+    train: list[str] = []
+    validation: list[str] = []
+    corpus: str | None = None
+    holdout: float = Field(0.05, gt=0.0, lt=1.0)
+    field: str = "text"
+    separator: str | None = None
+    row_length: int = Field(512, ge=2)
+    cross_documents: bool = False
+    workers: int | None = neutral(None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if bool(self.train) == (self.corpus is not None):
+            raise ValueError("give data.train (files, directories, globs) or data.corpus, and not both")
+        if self.corpus is not None and self.validation:
+            raise ValueError("data.corpus holds out its own validation text; leave data.validation out")
+        return self
+
+
+class BatchSettings(Settings):
+    """How many rows one update learns from, and how many go through the model at once on one device."""
+
+    rows: int = Field(default=16, ge=1)
+    micro_rows: int | None = layout(None, ge=1)
+
+
+class LengthSettings(Settings):
+    """How long to train: one of four. `steps` is filled in from the others when the run begins."""
+
+    steps: int | None = Field(None, ge=1)
+    epochs: float | None = Field(None, gt=0)
+    tokens: int | None = Field(None, ge=1)
+    minutes: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _any(self) -> Self:
+        if not any((self.steps, self.epochs, self.tokens, self.minutes)):
+            raise ValueError("say how long to train: one of length.steps, epochs, tokens or minutes")
+        return self
+
+
+class ValidationSettings(Settings):
+    """How often to score held-out text (ten times unless said), and on how many tokens (all at the end)."""
+
+    every: int | None = neutral(None, ge=1)
+    tokens: int = neutral(200_000, ge=1)
+
+
+class SampleSettings(Settings):
+    """What to let the model write while it learns, and how often (five times unless said)."""
+
+    every: int | None = neutral(None, ge=1)
+    prompts: list[str] = neutral([""], min_length=1)
+    new_tokens: int = neutral(60, ge=1)
+    temperature: float = neutral(0.8, ge=0.0)
+
+
+class PretrainSettings(Settings):
+    """A whole run. Paths are relative to the directory the command is started in."""
+
+    out: str = neutral(...)
+    seed: int = Field(0, ge=0)
+    init_from: str | None = None
+    device: str = layout("auto")
+    clip_norm: float = Field(1.0, gt=0)
+    max_skipped: int = neutral(10, ge=1)
+    length: LengthSettings
+    data: DataSettings
+    model: ModelSettings = ModelSettings()
+    tokenizer: TokenizerChoice = TokenizerChoice()
+    batch: BatchSettings = BatchSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    precision: PrecisionSettings = PrecisionSettings()
+    determinism: DeterminismSettings = DeterminismSettings()
+    compile: CompileSettings = CompileSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    validation: ValidationSettings = ValidationSettings()
+    samples: SampleSettings = SampleSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _paper_recipe(cls, values: Any) -> Any:
+        """One of the paper's four models brings the paper's training settings, beneath those given."""
+        name = values.get("model", {}).get("preset") if isinstance(values, dict) else None
+        return _merged(paper_recipe(name), values) if name in PAPER_TRAINING else values
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        given = self.model != ModelSettings() or self.tokenizer != TokenizerChoice()
+        if self.init_from is not None and given:
+            raise ValueError(
+                "init_from brings its own model and tokenizer; leave out [model] and [tokenizer]"
+            )
+        if self.init_from is None and self.tokenizer == TokenizerChoice():
+            raise ValueError("give tokenizer.path, or tokenizer.train.vocab_size to train one on the text")
+        return self
+
+
+def paper_recipe(name: str) -> dict[str, Any]:
+    """Section 2.2 and Table 2 of the paper for one of its models, as values of `PretrainSettings`."""
+    paper, context = PAPER_TRAINING[name], preset(name).max_position_embeddings
+    return {
+        "optimizer": {"learning_rate": paper.learning_rate},
+        "schedule": {"warmup_steps": paper.warmup_steps},
+        "batch": {"rows": paper.batch_tokens // context},
+        "data": {"row_length": context},
+        "length": {"tokens": paper.tokens},
+    }
+
+
+def _merged(beneath: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested tables joined; a length given above replaces the one beneath, since only one counts."""
+    merged = dict(beneath)
+    for key, value in above.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "length"
+        merged[key] = _merged(merged[key], value) if nested else value
+    return merged

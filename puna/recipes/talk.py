@@ -1,0 +1,89 @@
+"""Continue a prompt, or hold a conversation, in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import puna
+from puna.engine.llm import LLM
+from puna.errors import InputError
+
+Write = Callable[[str], None]
+
+
+def open_llm(model: str, device: str, dtype: str) -> LLM:
+    """A model from a directory, a run directory, or a hub id.
+
+    Raises:
+        ModelError: it is none of these.
+    """
+    return puna.load(model, device=device, dtype=dtype)
+
+
+def generate(
+    model: str, prompts: list[str], sampling: dict[str, Any], device: str, dtype: str, write: Write
+) -> dict[str, Any]:
+    """Continue each prompt; a single one streams as it is made.
+
+    Raises:
+        InputError: impossible sampling settings, a prompt that does not fit, a path that is not a model.
+    """
+    llm = open_llm(model, device, dtype)
+    if len(prompts) == 1 and "logprobs" not in sampling:
+        write(prompts[0])
+        pieces = []
+        for piece in llm.stream(prompts[0], **sampling):
+            write(piece)
+            pieces.append(piece)
+        write("\n")
+        return {"completions": [{"prompt": prompts[0], "text": "".join(pieces)}]}
+    completions = llm.generate(prompts, **sampling)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        write(f"{prompt}{completion.text}\n{'-' * 40}\n")
+    return {
+        "completions": [
+            {
+                "prompt": prompt,
+                "text": completion.text,
+                "tokens": list(completion.tokens),
+                "finish_reason": completion.finish_reason,
+            }
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+    }
+
+
+def chat(
+    model: str,
+    sampling: dict[str, Any],
+    system: str | None,
+    template: str | None,
+    device: str,
+    dtype: str,
+    read: Callable[[], str | None],
+    write: Write,
+) -> None:
+    """Read a line, answer it with everything said before, until an empty line or the end of input.
+
+    Raises:
+        InputError: the model has no chat template and none was named.
+    """
+    llm = open_llm(model, device, dtype)
+    history: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+    while line := read():
+        history.append({"role": "user", "content": line})
+        pieces = []
+        try:
+            for piece in llm.stream_chat(history, template=template, **sampling):
+                write(piece)
+                pieces.append(piece)
+        except InputError as error:
+            # The conversation outgrew the context: say so, and let the user go on with a new one.
+            if len(history) <= 2:
+                raise
+            write(f"[{error}; starting a new conversation]\n")
+            del history[1 if system else 0 :]
+            continue
+        write("\n")
+        history.append({"role": "assistant", "content": "".join(pieces)})

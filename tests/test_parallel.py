@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from puna import parallel
+from puna.errors import SettingsError
+from puna.parallel import World
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_one_process_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in parallel.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    world = parallel.start()
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.ones(2)
+    world.sum_gradients([parameter])
+    world.broadcast([parameter])
+    world.barrier()
+    assert (world, world.leads) == (World(), True)
+    assert parameter.grad.tolist() == [1.0, 1.0]
+    assert world.sum_scalars([1, 2.5]) == [1.0, 2.5]
+    assert (world.any(True), world.any(False)) == (True, False)
+    parallel.stop()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "0"}, r"expected torchrun to set RANK, WORLD_SIZE, LOCAL_RANK to numbers, got \{'RANK': '0'\}"),
+        ({"RANK": "a", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "to numbers"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK must be below WORLD_SIZE"),
+    ],
+)
+def test_half_a_torchrun_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    for name in parallel.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=message):
+        parallel.start()
+
+
+def test_two_ranks_agree(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {
+        **os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "tests.ranks", str(tmp_path)]
+    ranks = [
+        subprocess.Popen(command, cwd=ROOT, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert [first.pop("world"), second.pop("world")] == [[0, 2, 0, True], [1, 2, 1, False]]
+    assert first == second
+    assert first["gradients"] == [[0, 3, 6], [3.0 * n for n in range(7)], [0], [5, 6]]
+    assert first["sums"] == [3.0, 0.2]
+    assert first["any"] == [True, False]
+    assert first["copied"] == [1.0, 1.0]
