@@ -249,7 +249,7 @@ def _usage_or_raise(error: Exception) -> NoReturn:
     message = getattr(error, "format_message", None)
     if message is None:
         raise error
-    _fail(f"puna: {message()} Try: puna --help", 2)
+    _fail(f"puna: {message().rstrip('.')}; see puna --help", 2)
 
 
 def _fail(line: str, code: int) -> NoReturn:

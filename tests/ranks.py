@@ -16,7 +16,10 @@ def main(out: Path) -> None:
     parallel.BUCKET_NUMBERS = 5  # several buckets, one of them a single large parameter
     world = parallel.start()
     mine = world.rank + 1.0
-    parameters = [nn.Parameter(torch.zeros(n, dtype=d)) for n, d in ((3, torch.float32), (7, torch.float32), (1, torch.float64), (2, torch.float32))]
+    parameters = [
+        nn.Parameter(torch.zeros(n, dtype=d))
+        for n, d in ((3, torch.float32), (7, torch.float32), (1, torch.float64), (2, torch.float32))
+    ]
     for parameter in parameters[:-1]:
         parameter.grad = mine * torch.arange(len(parameter), dtype=parameter.dtype)
     if world.leads:

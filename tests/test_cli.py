@@ -62,7 +62,7 @@ def test_version() -> None:
         (["info", "no/such/place"], "no/such/place"),
         (["report", "no-such-run"], "no-such-run"),
         (["demo", "--minutes", "0.01"], "--minutes must be at least"),
-        (["demo", "--minutes", "soon"], "soon"),
+        (["demo", "--minutes", "soon"], "valid number"),
         (["generate", ".", "--prompt", "x"], "not a model"),
         (["tokenizer", "inspect", "nowhere"], "nowhere"),
     ],

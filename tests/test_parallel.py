@@ -37,7 +37,10 @@ def test_one_process_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"RANK": "0"}, r"expected torchrun to set RANK, WORLD_SIZE, LOCAL_RANK to numbers, got \{'RANK': '0'\}"),
+        (
+            {"RANK": "0"},
+            r"expected torchrun to set RANK, WORLD_SIZE, LOCAL_RANK to numbers, got \{'RANK': '0'\}",
+        ),
         ({"RANK": "a", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "to numbers"),
         ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK must be below WORLD_SIZE"),
     ],

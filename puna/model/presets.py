@@ -33,7 +33,7 @@ class _Rest(TypedDict, total=False):
     tied: bool
 
 
-def _shape(  # noqa: PLR0917  a row of a table reads best without names
+def _shape(
     vocabulary: int,
     hidden: int,
     feed_forward: int,

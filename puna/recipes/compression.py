@@ -18,7 +18,7 @@ class Compression:
 
 
 def compress(texts: Iterable[str]) -> Compression:
-    """Both compressors over the texts concatenated, headers included, as the command-line tools write them."""
+    """Both over the texts concatenated, headers included, as the command-line tools write them."""
     data = "".join(texts).encode("utf-8")
     if not data:
         return Compression(0.0, 0.0, 0)

@@ -48,7 +48,7 @@ class Corpus:
         }
 
     def compression(self) -> Compression | None:
-        """What gzip and xz need for the held-out text, one document after the other; None if it is very long."""
+        """What gzip and xz need for the held-out documents concatenated; None if they are very long."""
         if self.validation.bytes_total > COMPRESSED_AT_MOST:
             return None
         return compress(self._held_out())
@@ -96,7 +96,8 @@ def _library(data: DataSettings) -> StandardLibrary | None:
         return None
     if data.corpus not in CORPORA:
         raise SettingsError(
-            f"data.corpus must be one of {', '.join(CORPORA)}, got {data.corpus!r}.{nearest(data.corpus, CORPORA)}"
+            f"data.corpus must be one of {', '.join(CORPORA)}, got {data.corpus!r}."
+            f"{nearest(data.corpus, CORPORA)}"
         )
     return standard_library()
 
@@ -104,13 +105,11 @@ def _library(data: DataSettings) -> StandardLibrary | None:
 def _tokenizer(
     settings: PretrainSettings, library: StandardLibrary | None, directory: Path, track: Track
 ) -> Tokenizer:
-    """The tokenizer of `init_from`, the one at `tokenizer.path`, or one trained in an earlier or in this start."""
+    """The one of `init_from`, the one at `tokenizer.path`, or one trained in an earlier or in this start."""
     if settings.init_from is not None:
         path = formats.open_model(Path(settings.init_from)).tokenizer_path
         if path is None:
-            raise ModelError(
-                f"{settings.init_from}: has no tokenizer; put its tokenizer files beside the weights"
-            )
+            raise ModelError(f"{settings.init_from}: has no tokenizer; put its files beside the weights")
         return puna.tokenizer.load(path)
     if settings.tokenizer.path is not None:
         return puna.tokenizer.load(settings.tokenizer.path)

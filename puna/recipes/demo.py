@@ -5,7 +5,6 @@ The settings below are an ordinary run's; `puna pretrain` on the run's own run.t
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from puna.errors import SettingsError
-from puna.model.counts import parameters
 from puna.progress import Track, duration
 from puna.recipes.corpus import STDLIB
 from puna.recipes.pretrain import pretrain
@@ -50,7 +48,7 @@ def demo_settings(directory: Path, minutes: float) -> PretrainSettings:
                 }
             },
             "batch": {"rows": 8},
-            "optimizer": {"learning_rate": 3e-3},
+            "optimizer": {"learning_rate": 2e-3},
             "schedule": {"warmup_steps": 100},
             "checkpoint": {"every": 250, "keep_last": 2},
             "samples": {"prompts": [PROMPT], "new_tokens": 48},
@@ -72,7 +70,8 @@ def run_demo(directory: Path, minutes: float, say: Say, track: Track) -> dict[st
     finished = read_history(run.metrics).summary if run.exists else {}
     if finished:
         say(
-            f"The demo in {directory} is finished; delete the directory, or choose another with --dir, to run it again."
+            f"The demo in {directory} is finished. To run it again, delete the directory or choose another "
+            "with --dir."
         )
         _conclude(run, finished, say)
         return finished

@@ -1,6 +1,6 @@
 """Pretraining: settings in, a trained model directory out.
 
-`pretrain` reads as the run does: hold the directory, text, tokens, model, length, loop, last validation, export.
+`pretrain` reads as the run does: hold the directory, text, tokens, model, length, loop, last score, report.
 What happens during the loop (validation, samples, checkpoints) are the methods of `Session`.
 """
 
@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from puna import formats, parallel
 from puna.data.loader import Loader, evaluation_batches
 from puna.data.shards import TokenSet
 from puna.devices import choose_device
-from puna.errors import CheckpointError, DataError, InputError, SettingsError
+from puna.errors import CheckpointError, InputError
 from puna.files import write_atomically
 from puna.model.config import ModelConfig
 from puna.model.counts import flops_per_token, parameters
@@ -29,7 +29,7 @@ from puna.model.llama import Llama
 from puna.model.weights import Weights, load_weights, weights_of
 from puna.parallel import World
 from puna.plan.measure import Peak, measure_peak
-from puna.progress import Track, duration, quantity, silent
+from puna.progress import Track, quantity, silent
 from puna.recipes.corpus import Corpus, open_corpus
 from puna.recipes.run_settings import PretrainSettings
 from puna.recipes.samples import write_samples
@@ -50,7 +50,8 @@ from puna.train.schedule import learning_rate
 
 Say = Callable[[str], None]
 MEASURED_SECONDS = 12.0  # of real updates, to turn `length.minutes` into steps
-LOOP_SHARE = 0.9  # of those minutes goes to updates; the rest to validation, samples and checkpoints
+FORWARD_SHARE = 0.4  # of an update's time is what scoring as many tokens takes
+OVERHEAD = 0.04  # of the time goes to samples, checkpoints and the report
 
 
 def pretrain(
@@ -84,6 +85,7 @@ def pretrain(
 def _run(
     settings: PretrainSettings, world: World, resume: bool, allow_changes: bool, say: Say, track: Track
 ) -> dict[str, Any]:
+    began = time.monotonic()
     run = RunDirectory(Path(settings.out))
     device = choose_device(settings.device, world.local_rank)
     precision = Precision.of(settings.precision, device)
@@ -94,7 +96,7 @@ def _run(
         changes = run.begin(settings, environment(device), allow_changes=allow_changes) if world.leads else []
         world.barrier()
         with _undone_on_bad_input(run, fresh and world.leads):
-            session = Session.open(settings, run, world, device, precision, say, track)
+            session = Session.open(settings, run, world, device, precision, say, track, began)
         for line in changes:
             say(line)
         return session.train_and_finish(resume, changes)
@@ -140,6 +142,7 @@ class Session:
     say: Say
     track: Track
     state: TrainState
+    began: float
     log: MetricsLog | None = None
 
     @classmethod
@@ -152,6 +155,7 @@ class Session:
         precision: Precision,
         say: Say,
         track: Track,
+        began: float,
     ) -> Session:
         """Tokenizer, tokens, model, and the number of steps.
 
@@ -170,7 +174,7 @@ class Session:
         compiled = compile_blocks(model, settings.compile.mode, device, trial, say)
         session = cls(
             settings, run, world, device, precision, corpus, config, model, compiled,
-            optimizers.build(model, settings.optimizer), loader, None, say, track, TrainState(),
+            optimizers.build(model, settings.optimizer), loader, None, say, track, TrainState(), began,
         )  # fmt: skip
         session.settings = session._with_steps()
         check_schedule(session.settings.schedule, session.steps)
@@ -338,8 +342,8 @@ class Session:
     def _conclude(self, score: Validation, yardsticks: dict[str, float]) -> None:
         beside = "".join(f", {name} -9 {bits:.3f}" for name, bits in yardsticks.items())
         self.say(
-            f"Held-out text, {score.tokens:,} tokens: loss {score.loss:.4f}, perplexity {score.perplexity:.2f}, "
-            f"bits per byte {score.bits_per_byte:.3f}{beside}\n"
+            f"Held-out text, {score.tokens:,} tokens: loss {score.loss:.4f}, "
+            f"perplexity {score.perplexity:.2f}, bits per byte {score.bits_per_byte:.3f}{beside}\n"
             f"Model:  {self.run.model}\nReport: {self.run.report}"
         )
 
@@ -394,13 +398,23 @@ class Session:
         elif length.tokens is not None:
             steps = length.tokens / self.tokens_per_step
         else:
-            assert length.minutes is not None
-            steps = LOOP_SHARE * 60 * length.minutes / self._seconds_per_step()
+            steps = self._steps_in_time()
         steps = self.world.sum_scalars([steps if self.world.leads else 0.0])[0]
         known = length.model_copy(
             update={"steps": max(math.ceil(steps), self.settings.schedule.warmup_steps + 1)}
         )
         return self.settings.model_copy(update={"length": known})
+
+    def _steps_in_time(self) -> float:
+        """Updates that fit into `length.minutes`, less what is spent already and what scoring will take."""
+        minutes, data = self.settings.length.minutes, self.settings.data
+        assert minutes is not None
+        seconds_per_step = self._seconds_per_step()
+        held_out = self.corpus.validation.tokens_total
+        scored = 11 * min(self.settings.validation.tokens, held_out) + 2 * held_out  # half of each row twice
+        scoring = FORWARD_SHARE * scored / self.tokens_per_step * seconds_per_step
+        left = 60 * minutes - (time.monotonic() - self.began) - scoring
+        return (1 - OVERHEAD) * left / seconds_per_step
 
     def _seconds_per_step(self) -> float:
         """Measured on real updates of the real model, which is then put back as it was."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Self
 
 from pydantic import Field, model_validator
@@ -83,7 +84,10 @@ class BatchSettings(Settings):
 
 
 class LengthSettings(Settings):
-    """How long to train: one of four. `steps` is filled in from the others when the run begins."""
+    """How long to train: one of four; `steps` is filled in from the others when the run begins.
+
+    `minutes` is for all of it, preparation and the last scoring included, as far as that can be foreseen.
+    """
 
     steps: int | None = Field(None, ge=1)
     epochs: float | None = Field(None, gt=0)
@@ -161,7 +165,8 @@ def paper_recipe(name: str) -> dict[str, Any]:
     return {
         "optimizer": {"learning_rate": paper.learning_rate},
         "schedule": {"warmup_steps": paper.warmup_steps},
-        "batch": {"rows": paper.batch_tokens // context},
+        # "4M tokens": a power of two of rows, which divides among micro-batches and devices
+        "batch": {"rows": 2 ** round(math.log2(paper.batch_tokens / context))},
         "data": {"row_length": context},
         "length": {"tokens": paper.tokens},
     }

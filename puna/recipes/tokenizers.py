@@ -65,7 +65,8 @@ def inspect(path: Path, text: Path | None, say: Say) -> dict[str, Any]:
         texts = [document.text for document in read([text])]
         found = fit(tokenizer, texts)
         say(
-            f"{text}: {found.bytes:,} bytes in {found.tokens:,} tokens, {found.bytes_per_token:.3f} bytes per token, "
+            f"{text}: {found.bytes:,} bytes in {found.tokens:,} tokens, "
+            f"{found.bytes_per_token:.3f} bytes per token, "
             f"{100 * found.fallback_share:.2f}% of them single bytes"
         )
         shown = tokenizer.encode(texts[0][:200], bos=False)

@@ -96,7 +96,7 @@ def _length(value: Any) -> int:
 class _Generation(Extension):
     """`{% generation %}` marks what the assistant wrote, for training; here it is written as it stands."""
 
-    tags = {"generation"}  # noqa: RUF012
+    tags = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         """The body alone."""

@@ -1,11 +1,12 @@
-"""A training run killed at any moment goes on bit for bit: compiled, two threads, bfloat16, dropout.
+"""A training run stopped at any moment goes on bit for bit: compiled, two threads, bfloat16, dropout.
 
 Four runs are killed again and again, at named points inside a save and at random moments between, and resumed
-each time; at their end they are compared with one that was left in peace. `make test-all` runs this.
+each time; at their end they are compared with one that was left in peace. So is one whose disk ran full.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -190,3 +191,41 @@ def test_the_moments_are_as_many_as_promised() -> None:
     assert len(every) >= 20
     assert len(set(every) - {RANDOM}) >= 10
     assert every.count(RANDOM) >= 8
+
+
+def test_a_full_disk_ends_a_run_in_one_line_and_it_goes_on_when_there_is_room(
+    place: Path, undisturbed: Path
+) -> None:
+    run = place / "small"
+    run.mkdir()
+    mounted = (
+        os.geteuid() == 0
+        and not subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=32m", "none", str(run)], check=False, capture_output=True
+        ).returncode
+    )
+    if not mounted:
+        pytest.skip("this machine does not let a test mount a small file system")
+    try:
+        process = start(place, "small")
+        deadline = time.monotonic() + 600
+        while process.poll() is None and last_step(run) < 8 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        fill(run / "data" / "ballast")
+        assert process.wait(timeout=600) == 2
+        last_line = (place / "stderr.txt").read_text().splitlines()[-1]
+        assert last_line.startswith("puna: No space left on device while ")
+        assert last_line.endswith("continue with --resume")
+        assert not list((run / "checkpoints").glob(".*"))
+        (run / "data" / "ballast").unlink()
+        finish(place, "small")
+        assert_same_run(run, undisturbed)
+    finally:
+        subprocess.run(["umount", str(run)], check=True)
+
+
+def fill(path: Path) -> None:
+    """Leave no room on a file system."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))

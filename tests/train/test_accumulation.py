@@ -101,7 +101,8 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     for size in (1, 2):
         run_ranks(size, tmp_path / str(size))
     one, first, second = (
-        load_file(tmp_path / name / f"rank-{rank}.safetensors") for name, rank in (("1", 0), ("2", 0), ("2", 1))
+        load_file(tmp_path / name / f"rank-{rank}.safetensors")
+        for name, rank in (("1", 0), ("2", 0), ("2", 1))
     )
     for name, weight in one.items():
         assert torch.equal(first[name], second[name]), f"{name} differs between ranks"

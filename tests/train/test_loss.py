@@ -20,7 +20,9 @@ def material() -> tuple[nn.Linear, torch.Tensor, torch.Tensor, torch.Tensor]:
     return head, hidden, torch.randint(0, V, (1, R)), torch.rand(1, R) < 0.7
 
 
-def by_definition(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def by_definition(
+    head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
     logits = head(hidden)
     logs = logits - logits.exp().sum(-1, keepdim=True).log()
     return -logs.gather(-1, targets[..., None])[..., 0][mask].sum()
@@ -44,7 +46,10 @@ def test_without_gradients_the_sum_is_the_same() -> None:
     with torch.no_grad():
         assert head_loss(head, hidden, targets, mask) == head_loss(head, hidden, targets, mask)
         torch.testing.assert_close(
-            head_loss(head, hidden, targets, mask), by_definition(head, hidden, targets, mask), rtol=1e-12, atol=0
+            head_loss(head, hidden, targets, mask),
+            by_definition(head, hidden, targets, mask),
+            rtol=1e-12,
+            atol=0,
         )
 
 

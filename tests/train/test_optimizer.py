@@ -56,7 +56,9 @@ def test_state_put_back_goes_on_bit_for_bit() -> None:
         gradients_of(m, 2)
         o.step()
     assert same_bits(bits(model), bits(other))
-    assert not torch.equal(saved["exp_avg.lm_head.weight"], state_tensors(model, optimizer)["exp_avg.lm_head.weight"])
+    assert not torch.equal(
+        saved["exp_avg.lm_head.weight"], state_tensors(model, optimizer)["exp_avg.lm_head.weight"]
+    )
 
 
 def test_tied_embeddings_have_one_state() -> None:
