@@ -51,6 +51,7 @@ def demo_settings(directory: Path, minutes: float) -> PretrainSettings:
             "optimizer": {"learning_rate": 2e-3},
             "schedule": {"warmup_steps": 100},
             "checkpoint": {"every": 250, "keep_last": 2},
+            "validation": {"tokens": 40_000},
             "samples": {"prompts": [PROMPT], "new_tokens": 48},
         },
         "demo",

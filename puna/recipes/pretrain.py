@@ -407,7 +407,7 @@ class Session:
 
     def _steps_in_time(self) -> float:
         """Updates that fit into `length.minutes`, less what is spent already and what scoring will take."""
-        minutes, data = self.settings.length.minutes, self.settings.data
+        minutes = self.settings.length.minutes
         assert minutes is not None
         seconds_per_step = self._seconds_per_step()
         held_out = self.corpus.validation.tokens_total

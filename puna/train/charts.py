@@ -131,19 +131,20 @@ def chart(
         upward=[Tick(_percent(1 - upward.place(value)), number(value)) for value in ticks],
         right=[]
         if right is None
-        else [Tick(_percent(1 - upward.place(v)), f"{v * right:.0%}") for v in ticks],
+        else [Tick(_percent(1 - upward.place(value)), share(value * right)) for value in ticks],
         marks=[Tick(_percent(1 - upward.place(value)), name) for name, value in marks],
     )
 
 
-def smooth(values: Sequence[float], share: float = 0.02) -> list[float]:
-    """A running mean over the last `share` of the whole curve, and never more than the last tenth so far.
+def smooth(values: Sequence[float], window: float = 0.02) -> list[float]:
+    """A running mean over the last `window` of the whole curve, and never more than the last tenth so far.
 
     A fixed window would lag far behind at the start, where a loss falls fastest.
     """
-    longest, mean, smoothed = share * len(values), 0.0, []
+    longest, mean, smoothed = window * len(values), 0.0, []
     for count, value in enumerate(values, start=1):
-        mean += (value - mean) / max(1.0, min(longest, count / 10))
+        span = min(longest, count / 10)
+        mean = mean + (value - mean) / span if span > 1 else value
         smoothed.append(mean)
     return smoothed
 
@@ -180,6 +181,15 @@ def number(value: float) -> str:
         digits, _, power = f"{value:.3g}".partition("e")
         return f"{digits}e{int(power)}" if power else f"{value / 1e-4:.3g}e-4"
     return f"{value:.4g}"
+
+
+def share(value: float) -> str:
+    """A share in percent, with digits enough to tell small ones apart.
+
+    >>> [share(x) for x in (0.47, 0.022, 0.0, 1.0)]
+    ['47%', '2.2%', '0%', '100%']
+    """
+    return f"{100 * value:.0f}%" if abs(value) >= 0.1 else f"{100 * value:.2g}%"
 
 
 def _value(point: tuple[float, float]) -> float:

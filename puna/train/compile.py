@@ -77,9 +77,10 @@ def compile_blocks(
     if device.type == "cpu" and not find_toolchain().works:
         say(f"Running without torch.compile, somewhat slower: {find_toolchain().fault}.")
         return Compiled()
-    compiled = Compiled(list(model.model.layers))
-    compiled.apply()
+    compiled = Compiled()
     try:
+        compiled = Compiled(list(model.model.layers))
+        compiled.apply()
         trial()
     except Exception as error:
         compiled.revert()

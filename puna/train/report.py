@@ -252,9 +252,12 @@ def _charts(history: History, settings: dict[str, dict[str, str]]) -> list[Chart
 
 def _noisy(history: History, name: str, what: str) -> list[Curve]:
     column = history.column("train", name)
+    smoothed = smooth(column.values)
+    if smoothed == list(column.values):  # too few steps to smooth
+        return [Curve(what, column.steps, column.values)]
     return [
         Curve(what, column.steps, column.values, "faint"),
-        Curve(f"{what}, smoothed", column.steps, smooth(column.values)),
+        Curve(f"{what}, smoothed", column.steps, smoothed),
     ]
 
 

@@ -30,8 +30,8 @@ def curve() -> list[dict[str, float]]:
         rows.append({name: values[name] for name in ("step", "loss", "lr", "grad_norm")})  # type: ignore[misc]
 
     train(
-        language_modelling, model, build(model, OptimizerSettings(learning_rate=PEAK)), TinySource(4), TrainState(),
-        settings=LoopSettings(steps=STEPS), rate=lambda step: learning_rate(SCHEDULE, PEAK, step, STEPS),
+        language_modelling, model, build(model, OptimizerSettings(learning_rate=PEAK)), TinySource(4),
+        TrainState(), settings=LoopSettings(steps=STEPS), rate=lambda step: learning_rate(SCHEDULE, PEAK, step, STEPS),
         precision=precision(), record=record,
     )  # fmt: skip
     return rows

@@ -1,4 +1,4 @@
-"""Gradients of the same tokens do not depend on how they are split, with unequal numbers of trained tokens."""
+"""Gradients do not depend on how the same tokens are split, with unequal numbers of trained ones."""
 
 from __future__ import annotations
 

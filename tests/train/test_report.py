@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from puna.errors import CheckpointError
-from puna.train.charts import MOST_POINTS, Axis, Curve, chart, number, smooth, thin
+from puna.train.charts import MOST_POINTS, Axis, Curve, chart, number, share, smooth, thin
 from puna.train.history import read_history
 from puna.train.report import write_report
 
@@ -216,7 +216,7 @@ def test_a_quantity_unknown_to_the_page_gets_a_chart_of_its_own(tmp_path: Path) 
     page = report(
         tmp_path / "run", [train(1, reward_margin=0.1), train(2, reward_margin=0.3), validation(2, 2.0)]
     )
-    assert "reward margin training training, smoothed" in page.said
+    assert "reward margin training" in page.said
     assert page.said.count("nothing recorded yet") == 0
 
 
@@ -284,6 +284,7 @@ def test_smoothing_starts_at_the_first_value_follows_the_early_fall_and_keeps_a_
     smoothed = smooth(falling)
     assert smoothed[0] == 8.0
     assert max(abs(a - b) for a, b in zip(falling, smoothed, strict=True)) < 0.8
+    assert smooth([0.1, 0.7, 0.3]) == [0.1, 0.7, 0.3]
     noisy = [2.0 + (-1) ** n for n in range(1000)]
     assert abs(smooth(noisy)[-1] - 2.0) < 0.1
 
@@ -344,6 +345,12 @@ def test_any_finite_values_make_a_chart(values: list[float], log: bool, zero: bo
 )
 def test_tick_labels(value: float, label: str) -> None:
     assert number(value) == label
+
+
+def test_small_shares_can_be_told_apart() -> None:
+    drawn = chart("t", [Curve("a", [0, 1], [0.0, 8000.0])], 1, from_zero=True, right=2.5e-6)
+    assert [tick.label for tick in drawn.right] == ["0%", "0.5%", "1%", "1.5%", "2%"]
+    assert [share(value) for value in (0.47, 1.0)] == ["47%", "100%"]
 
 
 # History
