@@ -49,7 +49,7 @@ def demo_settings(directory: Path, minutes: float) -> PretrainSettings:
             },
             "batch": {"rows": 8},
             "optimizer": {"learning_rate": 2e-3},
-            "schedule": {"warmup_steps": 100},
+            "schedule": {"warmup_steps": 60},
             "checkpoint": {"every": 250, "keep_last": 2},
             "validation": {"tokens": 40_000},
             "samples": {"prompts": [PROMPT], "new_tokens": 48},
@@ -109,7 +109,7 @@ def next_commands(run: RunDirectory) -> list[str]:
     return [
         f"{puna} generate {run.path} --prompt 'class Queue:' --temperature 0.7 --seed 1",
         f"{puna} info {run.path}",
-        f"{puna} pretrain {run.settings_file} out={run.path}-longer length.minutes=30",
+        f"{puna} pretrain {run.settings_file} out={run.path}-longer 'length={{minutes=30}}'",
     ]
 
 

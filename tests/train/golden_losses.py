@@ -31,8 +31,8 @@ def curve() -> list[dict[str, float]]:
 
     train(
         language_modelling, model, build(model, OptimizerSettings(learning_rate=PEAK)), TinySource(4),
-        TrainState(), settings=LoopSettings(steps=STEPS), rate=lambda step: learning_rate(SCHEDULE, PEAK, step, STEPS),
-        precision=precision(), record=record,
+        TrainState(), settings=LoopSettings(steps=STEPS), precision=precision(), record=record,
+        rate=lambda step: learning_rate(SCHEDULE, PEAK, step, STEPS),
     )  # fmt: skip
     return rows
 

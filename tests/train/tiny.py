@@ -38,7 +38,7 @@ def precision(dtype: torch.dtype = torch.float32) -> Precision:
 
 
 class TinySource:
-    """Row p counts upwards by a step of its own from a start of its own; its first p % 7 targets are masked."""
+    """Row p counts up in steps of 1 + p % 5 from a start of its own; its first p % 7 targets are masked."""
 
     def __init__(self, micro_rows: int = ROWS, rank: int = 0, world: int = 1) -> None:
         self.micro_rows, self.rank, self.world = micro_rows, rank, world
