@@ -27,10 +27,15 @@ S = TypeVar("S", bound="Settings")
 
 
 class Settings(pydantic.BaseModel):
-    """Base of all settings: immutable, no type coercion, unknown keys refused."""
+    """Base of all settings: immutable, no type coercion, unknown keys refused, numbers finite."""
 
     model_config = pydantic.ConfigDict(
-        frozen=True, strict=True, extra="forbid", protected_namespaces=(), validate_default=True
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        protected_namespaces=(),
+        validate_default=True,
+        allow_inf_nan=False,
     )
 
 

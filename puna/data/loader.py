@@ -60,7 +60,7 @@ class Loader:
         world: int = 1,
         cross_documents: bool = False,
     ) -> None:
-        _check_division(rows_per_step, micro_rows, world)
+        check_division(rows_per_step, micro_rows, world)
         assert 0 <= rank < world
         self.tokens = tokens
         self.row_length = row_length
@@ -148,7 +148,8 @@ def evaluation_batches(
     return prefetch(batch(first) for first in range(0, total, rows))
 
 
-def _check_division(rows_per_step: int, micro_rows: int, world: int) -> None:
+def check_division(rows_per_step: int, micro_rows: int, world: int) -> None:
+    """Raises SettingsError where the rows of a step cannot be divided evenly."""
     if min(rows_per_step, micro_rows, world) < 1:
         raise SettingsError(
             f"rows per step, rows per micro-batch and ranks must be at least 1, "

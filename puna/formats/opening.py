@@ -34,7 +34,7 @@ def open_model(path: str | Path) -> Source:
     Raises:
         ModelError: nothing is there, it is not a model, or a damaged or unsupported one.
     """
-    path = _export_of_run(Path(path))
+    path = model_path(Path(path))
     for format in FORMATS.values():
         if format.recognises(path):
             return format.open(path)
@@ -42,7 +42,12 @@ def open_model(path: str | Path) -> Source:
     raise ModelError(f"{path} is not a model: found {_what_is_at(path)}, expected {expected}")
 
 
-def _export_of_run(path: Path) -> Path:
+def model_path(path: Path) -> Path:
+    """Where the model lies that a path stands for: a run directory stands for its best export.
+
+    Raises:
+        ModelError: the run has exported no model yet.
+    """
     if not (path / _RUN_MARK).is_file():
         return path
     model = path / "model"

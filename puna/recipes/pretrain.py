@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from puna import formats, parallel
-from puna.data.loader import Loader, evaluation_batches
+from puna.data.loader import Loader, check_division, evaluation_batches
 from puna.data.shards import TokenSet
 from puna.devices import choose_device
 from puna.errors import CheckpointError, InputError
@@ -32,7 +32,7 @@ from puna.plan.measure import Peak, measure_peak
 from puna.progress import Track, quantity, silent
 from puna.recipes.corpus import Corpus, open_corpus
 from puna.recipes.run_settings import PretrainSettings
-from puna.recipes.samples import write_samples
+from puna.recipes.samples import check_prompts, write_samples
 from puna.recipes.validation import Validation, validate
 from puna.settings import to_toml
 from puna.train import checkpoint as checkpoints
@@ -40,6 +40,7 @@ from puna.train import optimizer as optimizers
 from puna.train.compile import Compiled, compile_blocks
 from puna.train.determinism import make_deterministic
 from puna.train.loop import LoopSettings, TrainState, rehearse, train
+from puna.train.memory import memory_errors
 from puna.train.metrics import MetricsLog
 from puna.train.objectives import language_modelling
 from puna.train.precision import Precision
@@ -162,9 +163,13 @@ class Session:
         Raises:
             InputError: text, tokenizer, model or settings do not fit together.
         """
+        settings.check()
+        check_division(settings.batch.rows, _micro_rows(settings, world), world.size)
         corpus = open_corpus(settings, run.path, world, say, track)
-        config, model = _build_model(settings, corpus)
-        model.to(device, precision.master)
+        with memory_errors("making the model"):
+            config, model = _build_model(settings, corpus)
+            model.to(device, precision.master)
+        check_prompts(model, corpus.tokenizer, settings.samples.prompts)
         loader = _loader(settings, corpus.train, world)
         batch = next(iter(loader.steps(0))).batches[0].to(device)
 
@@ -469,17 +474,20 @@ def _build_model(settings: PretrainSettings, corpus: Corpus) -> tuple[ModelConfi
 
 
 def _loader(settings: PretrainSettings, tokens: TokenSet, world: World) -> Loader:
-    rows = settings.batch.rows
     return Loader(
         tokens,
         settings.data.row_length,
-        rows,
-        settings.batch.micro_rows or max(1, rows // world.size),
+        settings.batch.rows,
+        _micro_rows(settings, world),
         seed=settings.seed,
         rank=world.rank,
         world=world.size,
         cross_documents=settings.data.cross_documents,
     )
+
+
+def _micro_rows(settings: PretrainSettings, world: World) -> int:
+    return settings.batch.micro_rows or max(1, settings.batch.rows // world.size)
 
 
 def _nothing(text: str) -> None:

@@ -18,6 +18,7 @@ from puna.train.determinism import DeterminismSettings
 from puna.train.optimizer import OptimizerSettings
 from puna.train.precision import PrecisionSettings
 from puna.train.schedule import ScheduleSettings
+from puna.train.schedule import check as check_schedule
 
 
 class ModelSettings(Settings):
@@ -27,7 +28,7 @@ class ModelSettings(Settings):
     fields: dict[str, Any] = {}
 
     def config(self, vocab_size: int, row_length: int) -> ModelConfig:
-        """The config these settings make; its context holds at least one training row.
+        """The config these settings make; its context holds a training row.
 
         Raises:
             SettingsError: the fields do not make a model.
@@ -35,10 +36,18 @@ class ModelSettings(Settings):
         """
         if self.preset is None and not self.fields:
             raise SettingsError("model: give model.preset, model.fields, or init_from (a model directory)")
-        base = preset(self.preset).model_dump(exclude_unset=True) if self.preset else {}
+        if "vocab_size" in self.fields:
+            raise SettingsError("model.fields: the tokenizer decides the vocab_size; leave it out")
+        base = _given(preset(self.preset)) if self.preset else {}
         context = max(row_length, base.get("max_position_embeddings", 0))
         fields = {**base, "max_position_embeddings": context, **self.fields, "vocab_size": vocab_size}
-        return parse(ModelConfig, fields, "model.fields")
+        config = parse(ModelConfig, fields, "model.fields")
+        if config.max_position_embeddings < row_length:
+            raise SettingsError(
+                f"model.fields: max_position_embeddings {config.max_position_embeddings} is below "
+                f"data.row_length {row_length}; leave it out, or lower the row length"
+            )
+        return config
 
 
 class TokenizerChoice(Settings):
@@ -121,7 +130,7 @@ class PretrainSettings(Settings):
     """A whole run. Paths are relative to the directory the command is started in."""
 
     out: str = neutral(...)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     init_from: str | None = None
     device: str = layout("auto")
     clip_norm: float = Field(1.0, gt=0)
@@ -144,8 +153,10 @@ class PretrainSettings(Settings):
     @classmethod
     def _paper_recipe(cls, values: Any) -> Any:
         """One of the paper's four models brings the paper's training settings, beneath those given."""
-        name = values.get("model", {}).get("preset") if isinstance(values, dict) else None
-        return _merged(paper_recipe(name), values) if name in PAPER_TRAINING else values
+        match values:
+            case {"model": {"preset": str(name)}} if name in PAPER_TRAINING:
+                return _merged(paper_recipe(name), values)
+        return values
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:
@@ -157,6 +168,18 @@ class PretrainSettings(Settings):
         if self.init_from is None and self.tokenizer == TokenizerChoice():
             raise ValueError("give tokenizer.path, or tokenizer.train.vocab_size to train one on the text")
         return self
+
+    def check(self) -> None:
+        """Find before the text is read, which may take hours, what the text has no say in.
+
+        Raises:
+            SettingsError: the fields do not make a model, or warm-up takes the whole run.
+            ModelError: there is no such preset.
+        """
+        if self.init_from is None:
+            self.model.config(1, self.data.row_length)  # whatever the vocabulary comes to
+        if self.length.steps is not None:
+            check_schedule(self.schedule, self.length.steps)
 
 
 def paper_recipe(name: str) -> dict[str, Any]:
@@ -170,6 +193,11 @@ def paper_recipe(name: str) -> dict[str, Any]:
         "data": {"row_length": context},
         "length": {"tokens": paper.tokens},
     }
+
+
+def _given(config: ModelConfig) -> dict[str, Any]:
+    """The fields a config was made with: what it derives from them is derived anew when one changes."""
+    return {name: getattr(config, name) for name in config.model_fields_set}
 
 
 def _merged(beneath: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

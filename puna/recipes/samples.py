@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from puna.engine.llm import LLM
+from puna.errors import InputError, SettingsError
 from puna.model.llama import Llama
 from puna.tokenizer.tokenizer import Tokenizer
 
@@ -16,6 +17,16 @@ class Sample:
 
     prompt: str
     text: str
+
+
+def check_prompts(model: Llama, tokenizer: Tokenizer, prompts: Sequence[str]) -> None:
+    """Raises SettingsError where the model cannot go on from a prompt."""
+    llm = LLM(model, tokenizer)
+    for prompt in prompts:
+        try:
+            llm.stream(prompt)  # nothing is computed before the first piece is asked for
+        except InputError as error:
+            raise SettingsError(f"samples.prompts: {error}") from None
 
 
 def write_samples(

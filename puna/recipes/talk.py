@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import puna
-from puna.engine.llm import LLM
+from puna.engine.llm import LLM, Completion
 from puna.errors import InputError
 
 Write = Callable[[str], None]
@@ -31,9 +31,10 @@ def generate(
     """
     llm = open_llm(model, device, dtype)
     if len(prompts) == 1 and "logprobs" not in sampling:
+        answer = llm.stream(prompts[0], **sampling)  # says what is wrong before anything is written
         write(prompts[0])
         pieces = []
-        for piece in llm.stream(prompts[0], **sampling):
+        for piece in answer:
             write(piece)
             pieces.append(piece)
         write("\n")
@@ -48,8 +49,21 @@ def generate(
                 "text": completion.text,
                 "tokens": list(completion.tokens),
                 "finish_reason": completion.finish_reason,
+                **_logprobs(completion),
             }
             for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+    }
+
+
+def _logprobs(completion: Completion) -> dict[str, Any]:
+    """One entry for every token, where they were asked for."""
+    if completion.logprobs is None:
+        return {}
+    return {
+        "logprobs": [
+            {"token": entry.token, "logprob": entry.logprob, "top": [list(pair) for pair in entry.top]}
+            for entry in completion.logprobs
         ]
     }
 

@@ -13,7 +13,7 @@ from puna.settings import Settings, layout
 class DeterminismSettings(Settings):
     """How many CPU threads compute; None takes torch's choice, one per core."""
 
-    threads: int | None = layout(None, ge=1)
+    threads: int | None = layout(None, ge=1, le=1024)
 
 
 def make_deterministic(settings: DeterminismSettings, device: torch.device) -> int:

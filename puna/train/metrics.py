@@ -86,8 +86,13 @@ class MetricsLog:
     def close(self) -> None:
         """End the log; closing twice is allowed."""
         self._file.close()
-        if self._board is not None:
+        if self._board is None:
+            return
+        try:
             self._board.close()
+        except OSError as error:
+            # Its thread tells here what it could not write; that must not hide the error being raised.
+            self._say(f"TensorBoard's files are incomplete: {error.strerror or error}")
 
     def __enter__(self) -> MetricsLog:
         return self

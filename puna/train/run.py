@@ -27,9 +27,8 @@ from typing import Any, TypeVar
 import torch
 
 import puna
-from puna.errors import CheckpointError, ModelError, RunBusyError
+from puna.errors import CheckpointError, RunBusyError
 from puna.files import (
-    aside,
     disk_errors,
     replace_directory,
     sweep,
@@ -203,21 +202,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
     }
-
-
-def model_path(path: Path) -> Path:
-    """Where the model lies that a path stands for: a run directory stands for its best export.
-
-    Raises:
-        ModelError: the run has exported no model yet.
-    """
-    run = RunDirectory(path)
-    if not run.exists:
-        return path
-    for place in (run.model, aside(run.model)):
-        if place.is_dir():
-            return place
-    raise ModelError(f"{path} is a run without a model so far; one is exported at its first validation")
 
 
 def _machine_changes(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:

@@ -1,4 +1,4 @@
-"""The demo on the real standard library, cut short: what it says, that it ends, that its next commands work."""
+"""The demo on the real standard library, cut short: what it says, and that its next commands work."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], dict
 def _shortened(full: Any) -> Any:
     def settings(directory: Path, minutes: float) -> PretrainSettings:
         values = full(directory, minutes).model_dump(exclude_unset=True)
-        fields = {**values["model"]["fields"], "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+        small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+        fields = {**values["model"]["fields"], **small}
         return PretrainSettings.model_validate({**values, **SMALL, "model": {"fields": fields}})
 
     return settings

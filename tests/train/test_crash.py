@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from puna.errors import CheckpointError, ResourceError
+from puna.formats.opening import model_path
 from puna.train import checkpoint
-from puna.train.run import RunDirectory, model_path
+from puna.train.run import RunDirectory
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # the two programs beside this file import each other as scripts do

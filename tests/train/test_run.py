@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from puna.errors import CheckpointError, InputError, ModelError, ResourceError, RunBusyError
+from puna.formats.opening import model_path
 from puna.settings import Difference, Settings, layout, neutral
-from puna.train.run import RunDirectory, compare, environment, model_path
+from puna.train.run import RunDirectory, compare, environment
 
 ROOT = Path(__file__).parents[2]
 
