@@ -32,9 +32,11 @@ class ModelConfig(Settings):
     num_attention_heads: int = Field(gt=0)
     num_key_value_heads: int = Field(None, gt=0)  # type: ignore[assignment]  # filled in below
     head_dim: int = Field(None, gt=0)  # type: ignore[assignment]  # filled in below
-    max_position_embeddings: int = Field(2048, gt=0)
+    max_position_embeddings: int = Field(2048, gt=0, lt=2**40)
     rms_norm_eps: float = Field(1e-5, gt=0, allow_inf_nan=False)
-    rope_theta: float = Field(10_000.0, gt=1, allow_inf_nan=False)
+    rope_theta: float = Field(
+        10_000.0, gt=1, lt=1e15, allow_inf_nan=False
+    )  # far beyond any real one; its powers stay finite
     rope_scaling: RopeScaling = NoScaling()
     tie_word_embeddings: bool = False
     attention_bias: bool = False

@@ -176,6 +176,7 @@ class Session:
         def trial() -> None:
             rehearse(language_modelling, model, batch, precision)
 
+        trial()  # memory that does not suffice runs out here, where the run can still be undone
         compiled = compile_blocks(model, settings.compile.mode, device, trial, say)
         session = cls(
             settings, run, world, device, precision, corpus, config, model, compiled,
