@@ -1,0 +1,134 @@
+"""Mistakes at the door: one line, exit code 2, found before the text is read, and nothing left behind."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from puna import cli
+from puna.errors import InputError, ResourceError, SettingsError
+from puna.model.presets import PRESETS
+from puna.recipes import pretrain as recipe
+from puna.recipes import talk
+from puna.recipes.pretrain import pretrain
+from puna.recipes.run_settings import ModelSettings, PretrainSettings
+from puna.settings import read_settings
+from puna.train.objectives import language_modelling
+from tests.recipes.conftest import tiny
+
+GIVEN = ["out=x", "length.steps=6", "data.train=['t']", "tokenizer.path=t"]
+
+IMPOSSIBLE = [
+    ("model=3", "'model'"),
+    ("model.preset=[1]", "'model.preset'"),
+    ("optimizer.learning_rate=inf", "finite"),
+    ("clip_norm=inf", "finite"),
+    ("length.epochs=inf", "finite"),
+    ("seed=9223372036854775808", "'seed'"),
+    ("determinism.threads=100000", "'determinism.threads'"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), IMPOSSIBLE)
+def test_impossible_values(override: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message) as raised:
+        read_settings(PretrainSettings, None, [*GIVEN, override])
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_makes_the_model_it_names(name: str) -> None:
+    config = ModelSettings(preset=name).config(PRESETS[name].vocab_size, 2)
+    assert config == PRESETS[name]
+    wider = ModelSettings(preset=name, fields={"hidden_size": 2 * config.hidden_size})
+    assert wider.config(512, 2).head_dim == 2 * config.head_dim  # derived anew
+
+
+EARLY: list[tuple[dict[str, Any], str]] = [
+    ({"model": {"fields": {"hiden_size": 32}}}, "hidden_size"),
+    ({"model": {"fields": {"vocab_size": 9}}}, "vocab_size"),
+    ({"model": {"preset": "puna-1m", "fields": {"max_position_embeddings": 16}}}, "row_length"),
+    ({"model": {"preset": "llama-7", "fields": {}}}, "llama-7b"),
+    ({"schedule": {"warmup_steps": 30}}, "warmup_steps"),
+    ({"batch": {"rows": 8, "micro_rows": 3}}, "micro"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), EARLY)
+def test_found_before_the_text_is_read(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    """Tokenizing may take hours: the missing text would be told instead if it were looked for first."""
+    with pytest.raises(InputError, match=message):
+        pretrain(tiny(tmp_path / "run", tmp_path / "nowhere", **changes), say=lambda line: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_too_long_for_samples(tmp_path: Path, text: Path) -> None:
+    with pytest.raises(SettingsError, match=r"samples\.prompts: the prompt has"):
+        pretrain(tiny(tmp_path / "run", text, samples={"prompts": ["the llama " * 100]}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_too_large_for_memory(tmp_path: Path, text: Path) -> None:
+    fields = {
+        "hidden_size": 4_000_000,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    with pytest.raises(ResourceError, match="making the model"):
+        pretrain(tiny(tmp_path / "run", text, model={"fields": fields}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_too_large_for_memory(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried out while the run can still be undone, whether compiled or not."""
+
+    def full(*arguments: Any) -> None:
+        raise ResourceError("out of memory")
+
+    monkeypatch.setattr(recipe, "rehearse", full)
+    with pytest.raises(ResourceError):
+        pretrain(tiny(tmp_path / "run", text))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_runs_out_while_scoring(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def objective(model: Any, batch: Any) -> Any:
+        if not torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("no")
+        return language_modelling(model, batch)
+
+    monkeypatch.setattr(recipe, "language_modelling", objective)
+    with pytest.raises(ResourceError, match="while scoring 4 rows"):
+        pretrain(tiny(tmp_path / "run", text))
+
+
+def test_generate_writes_nothing_before_it_knows(finished: tuple[Path, dict[str, Any]]) -> None:
+    written: list[str] = []
+    with pytest.raises(SettingsError, match="top_p"):
+        talk.generate(str(finished[0]), ["hi"], {"top_p": 1.5}, "cpu", "float32", written.append)
+    assert written == []
+
+
+def test_generate_gives_the_logprobs_asked_for(finished: tuple[Path, dict[str, Any]]) -> None:
+    sampling = {"logprobs": 2, "max_new_tokens": 3, "temperature": 0.0}
+    result = talk.generate(str(finished[0]), ["the"], sampling, "cpu", "float32", lambda text: None)
+    [completion] = json.loads(json.dumps(result))["completions"]
+    assert [entry["token"] for entry in completion["logprobs"]] == completion["tokens"]
+    assert all(entry["top"][0] == [entry["token"], entry["logprob"]] for entry in completion["logprobs"])
+
+
+def test_a_terminal_that_cannot_show_a_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    monkeypatch.setattr(sys, "argv", ["puna", "--version"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    cli._write("8 × 64 \udcff")
+    assert shown.getvalue().endswith(b"8 \\xd7 64 \\udcff")
