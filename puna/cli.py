@@ -240,10 +240,6 @@ def main() -> NoReturn:
         code = done.exit_code
     except (KeyboardInterrupt, typer.Abort):
         _fail("puna: stopped", 130)
-    except BrokenPipeError:
-        # The reader left (`puna … | head`): give the interpreter's last flush somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     except Exception as error:
         _usage_or_raise(error)
     sys.exit(code if isinstance(code, int) else 0)

@@ -22,9 +22,8 @@ from puna.train.run import RunDirectory
 
 Say = Callable[[str], None]
 SHORTEST = 1.0  # minutes; less is spent before the first update
-SAFETY = (
-    0.88  # share of the promised time that is planned: other work on the machine must not break the promise
-)
+# Share of the promised time that is planned: other work on the machine must not break the promise.
+SAFETY = 0.85
 PROMPT = "def read_lines(path):\n"
 
 
@@ -114,10 +113,11 @@ def next_commands(run: RunDirectory) -> list[str]:
 
 
 def _completion(run: RunDirectory) -> str:
-    """What the finished model writes; greedy, so that asking again shows the same."""
+    """What the finished model writes; seeded, so that asking again shows the same."""
     from puna.recipes.talk import open_llm
 
-    return open_llm(str(run.path), "auto", "auto").generate(PROMPT, max_new_tokens=80, temperature=0.0).text
+    llm = open_llm(str(run.path), "auto", "auto")
+    return llm.generate(PROMPT, max_new_tokens=100, temperature=0.6, top_p=0.9, seed=1).text
 
 
 def _puna() -> str:

@@ -197,7 +197,10 @@ def _stop_if_asked(stop: StopRequest, world: World, save: Visit, state: TrainSta
     """All ranks stop after the same step, whichever of them was asked."""
     if world.any(stop.signal is not None):
         save(state)
-        raise Interrupted(stop.signal or signal.SIGTERM)
+        number = signal.Signals(stop.signal or signal.SIGTERM)
+        raise Interrupted(
+            number, f"stopped by {number.name} at step {state.step}; state is saved: continue with --resume"
+        )
 
 
 def _fault(totals: Totals, norm: float) -> str:

@@ -14,8 +14,7 @@ import torch
 from puna import cli
 from puna.errors import InputError, ResourceError, SettingsError
 from puna.model.presets import PRESETS
-from puna.recipes import pretrain as recipe
-from puna.recipes import talk
+from puna.recipes import session, talk
 from puna.recipes.pretrain import pretrain
 from puna.recipes.run_settings import ModelSettings, PretrainSettings
 from puna.settings import read_settings
@@ -92,7 +91,7 @@ def test_a_batch_too_large_for_memory(tmp_path: Path, text: Path, monkeypatch: p
     def full(*arguments: Any) -> None:
         raise ResourceError("out of memory")
 
-    monkeypatch.setattr(recipe, "rehearse", full)
+    monkeypatch.setattr(session, "rehearse", full)
     with pytest.raises(ResourceError):
         pretrain(tiny(tmp_path / "run", text))
     assert list(tmp_path.iterdir()) == []
@@ -104,7 +103,7 @@ def test_memory_runs_out_while_scoring(tmp_path: Path, text: Path, monkeypatch: 
             raise torch.OutOfMemoryError("no")
         return language_modelling(model, batch)
 
-    monkeypatch.setattr(recipe, "language_modelling", objective)
+    monkeypatch.setattr(session, "language_modelling", objective)
     with pytest.raises(ResourceError, match="while scoring 4 rows"):
         pretrain(tiny(tmp_path / "run", text))
 

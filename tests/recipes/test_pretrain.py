@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import puna
 from puna.errors import CheckpointError, DataError, InputError, Interrupted, SettingsError, TokenizerError
-from puna.recipes import pretrain as recipe
+from puna.recipes import session
 from puna.recipes.pretrain import pretrain
 from puna.recipes.run_settings import PretrainSettings
 from puna.settings import read_settings
@@ -139,14 +139,14 @@ def test_resumed_equals_never_stopped(
 
 def _signal_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """SIGTERM to this process when the rate of a step is asked for, in the middle of the loop."""
-    original = recipe.learning_rate
+    original = session.learning_rate
 
     def rate(settings: Any, peak: float, current: int, steps: int) -> float:
         if current == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(settings, peak, current, steps)
 
-    monkeypatch.setattr(recipe, "learning_rate", rate)
+    monkeypatch.setattr(session, "learning_rate", rate)
 
 
 def test_second_epoch_after_resume(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
