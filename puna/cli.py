@@ -54,7 +54,10 @@ def demo(
     dir: Annotated[Path, typer.Option(help="Where the run lives.")] = Path("runs/demo"),
     as_json: Json = False,
 ) -> None:
-    """The whole path on this machine: clean text, tokenizer, pretraining, validation, generation, report."""
+    """From raw text to a talking model, on this machine.
+
+    Cleans the standard library's source, trains a tokenizer, pretrains, scores, writes, and leaves a report.
+    """
     from puna.progress import on_stderr
     from puna.recipes.demo import run_demo
 
@@ -73,7 +76,10 @@ def pretrain(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a Llama on your own text, from scratch or from a model directory (init_from)."""
+    """Train a Llama on your own text.
+
+    From scratch, or from a model directory (init_from). configs/ has commented settings to begin with.
+    """
     from puna.progress import on_stderr
     from puna.recipes.pretrain import pretrain as run
     from puna.recipes.run_settings import PretrainSettings
@@ -109,7 +115,7 @@ def generate(
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt, streaming the text as it comes."""
+    """Continue a prompt."""
     from puna.recipes.talk import generate as run
 
     sampling = _given(
@@ -135,7 +141,10 @@ def chat(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Talk with a model in the terminal; an empty line or Ctrl-D ends it."""
+    """Talk with a model in the terminal.
+
+    An empty line or Ctrl-D ends it.
+    """
     from puna.recipes.talk import chat as run
 
     sampling = _given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
@@ -144,7 +153,10 @@ def chat(
 
 @app.command()
 def info(model: Model, as_json: Json = False) -> None:
-    """Print what a model is: config, parameters by part, tokenizer, provenance."""
+    """Print what a model is.
+
+    Config, parameters by part, tokenizer, provenance.
+    """
     from puna.recipes.describe import describe
 
     _emit(describe(model, print), as_json)
@@ -152,7 +164,10 @@ def info(model: Model, as_json: Json = False) -> None:
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run directory.")], as_json: Json = False) -> None:
-    """Write one self-contained HTML page about a run, finished or not."""
+    """Write one HTML page about a run.
+
+    It needs nothing but itself; the run may still be going on.
+    """
     from puna.train.report import write_report
 
     path = write_report(run)
