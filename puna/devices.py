@@ -56,7 +56,10 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported() and _cpu_has_bfloat16_products()
+        has_library = torch.backends.mkldnn.is_available()  # oneDNN; torch for a Mac comes without
+        return bool(
+            has_library and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _cpu_has_bfloat16_products()
+        )
     return False
 
 

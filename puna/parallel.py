@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from puna.errors import SettingsError
 
 BUCKET_NUMBERS = 1 << 24  # 64 MiB of float32: long enough to fill a link, small beside a model
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+# While the first rank prepares the text the others wait, for hours where it is long; torch would give them
+# half an hour. A rank that dies is noticed at once all the same.
+PATIENCE = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -105,9 +109,9 @@ def stop() -> None:
 def _join(world: World) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(world.local_rank)  # NCCL pairs each rank with the current device
-        dist.init_process_group("cpu:gloo,cuda:nccl")
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=PATIENCE)
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

@@ -5,10 +5,12 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch import nn
 
 from puna import parallel
@@ -54,6 +56,15 @@ def test_half_a_torchrun_is_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match=message):
         parallel.start()
+
+
+def test_ranks_wait_for_hours_of_preparation(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    given: dict[str, timedelta] = {}
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: given.update(timeout=timeout))
+    assert parallel.start() == World(0, 2, 0)
+    assert given["timeout"] >= timedelta(hours=12)
 
 
 def test_two_ranks_agree(tmp_path: Path) -> None:

@@ -49,10 +49,14 @@ def steps_for(length: LengthSettings, pace: Pace) -> int:
     return math.ceil(_steps_in_time(60 * length.minutes, pace))
 
 
-def seconds_per_update(updates: Callable[[int], None], track: Track) -> float:
-    """Seconds that one of `updates(count)` takes; the first few touch memory anew and are not counted."""
+def seconds_per_update(updates: Callable[[int], None], mean: Callable[[float], float], track: Track) -> float:
+    """Seconds that one of `updates(count)` takes; the first few touch memory anew and are not counted.
+
+    `mean` is that of a number over all ranks. An update waits for all of them: were each to count by its own
+    clock, one would make more updates than another, and wait for ever.
+    """
     with track("Measuring speed", MEASURED_SECONDS, "s") as bar:
-        per_step = _timed(updates, 3) / 3
+        per_step = mean(_timed(updates, 3) / 3)
         bar.advance(0.25 * MEASURED_SECONDS)
         count = max(3, round(0.75 * MEASURED_SECONDS / per_step))
         seconds = _timed(updates, count) / count

@@ -13,7 +13,6 @@ from puna import formats
 from puna.data.loader import Loader, check_division, evaluation_batches
 from puna.data.shards import TokenSet
 from puna.errors import CheckpointError
-from puna.files import write_atomically
 from puna.model.config import ModelConfig
 from puna.model.counts import flops_per_token, parameters
 from puna.model.initial import initialize
@@ -27,7 +26,6 @@ from puna.recipes.length import Pace, seconds_per_update, steps_for
 from puna.recipes.run_settings import PretrainSettings
 from puna.recipes.samples import check_prompts, write_samples
 from puna.recipes.validation import Validation, validate
-from puna.settings import to_toml
 from puna.train import checkpoint as checkpoints
 from puna.train import optimizer as optimizers
 from puna.train.compile import Compiled, compile_blocks
@@ -122,18 +120,17 @@ class Session:
     def train_and_finish(self, resume: bool, changes: list[str]) -> dict[str, Any]:
         """Go on from the newest checkpoint if there is one, to the end; then score, export and report."""
         if self.world.leads:
-            write_atomically(self.run.settings_file, to_toml(self.settings))
-        found = checkpoints.newest(self.run.checkpoints, self.say) if resume else None
-        offset = self._restore(found) if found else None
+            self.run.store(self.settings)
+        offset = self._take_up_newest() if resume else None
         tensorboard = self.run.tensorboard if self.world.leads else None
-        path = self.run.metrics if self.world.leads else Path("/dev/null")
+        path, offset = (self.run.metrics, offset) if self.world.leads else (Path("/dev/null"), None)
         with MetricsLog(
             path, offset=offset, tensorboard=tensorboard, step=self.state.step, say=self.say
         ) as log:
             self.log = log if self.world.leads else None
             for line in changes:
                 self._record("event", step=self.state.step, text=line)
-            if self.state.step < self.steps:
+            if self.state.served < self.steps:  # or at its end, which skipped steps may reach unvalidated
                 self._train()
             return self._finish()
 
@@ -149,7 +146,8 @@ class Session:
             f"step {state.step:>6}  validation loss {score.loss:.4f}  perplexity {score.perplexity:.2f}  "
             f"bits per byte {score.bits_per_byte:.4f}"
         )
-        if state.improved(score.loss) and state.step > 0 and self.world.leads:
+        # What init_from began with is no result: a run that only made it worse still exports its best.
+        if state.step > 0 and state.improved(score.loss) and self.world.leads:
             self.export()
 
     def write_samples(self, state: TrainState) -> None:
@@ -239,7 +237,9 @@ class Session:
 
     def _finish(self) -> dict[str, Any]:
         """The best model scored on all that was held out, the summary, the report."""
-        if self.world.leads and self.run.model.is_dir():
+        if self.world.leads:
+            if not self.run.model.is_dir():  # no validation was finite
+                self.export()
             load_weights(self.model, formats.open_model(self.run.model).weights)
         self.world.broadcast(list(self.model.parameters()))
         score = self._score(
@@ -300,6 +300,19 @@ class Session:
             steps=steps, clip_norm=wanted.clip_norm, seed=wanted.seed, max_skipped=wanted.max_skipped
         )
 
+    def _take_up_newest(self) -> int | None:
+        """Go on from the newest whole checkpoint, if there is one; the length of the metrics file then.
+
+        The first rank looks before the others do, because it sets aside what is not whole. The checkpoint is
+        let go of on return: it keeps its files on the disk for as long as it is held.
+        """
+        if not self.world.leads:
+            self.world.barrier()
+        found = checkpoints.newest(self.run.checkpoints, self.say)
+        if self.world.leads:
+            self.world.barrier()
+        return self._restore(found) if found else None
+
     def _restore(self, found: checkpoints.Checkpoint) -> int:
         """Take up a checkpoint; the length of the metrics file at that moment."""
         if found.values["corpus"] != self.corpus.identity:
@@ -336,10 +349,13 @@ class Session:
     def _seconds_per_step(self) -> float:
         """Measured on real updates of the real model, which is then put back as it was."""
         weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
-        seconds = seconds_per_update(self._updates, self.track)
+        seconds = seconds_per_update(self._updates, self._mean, self.track)
         self.model.load_state_dict(weights)
         self.optimizer = optimizers.build(self.model, self.settings.optimizer)
         return seconds
+
+    def _mean(self, value: float) -> float:
+        return self.world.sum_scalars([value])[0] / self.world.size
 
     def _updates(self, steps: int) -> None:
         """Updates at a rate of zero, as a run would make them."""

@@ -43,7 +43,7 @@ class MetricsLog:
         offset: the length in bytes that a checkpoint recorded. What was written after it is cut off and will
             be written again by the resumed run: no gap, no repeat. None begins an empty file.
         tensorboard: a directory for event files, or None.
-        step: where the run stands, from which TensorBoard forgets earlier events.
+        step: where the run stands; TensorBoard forgets what came after it.
         say: takes a line of advice.
 
     Raises:
@@ -65,7 +65,8 @@ class MetricsLog:
         with self._disk_errors():
             self._file = path.open("ab")
             self._cut(offset or 0)
-        self._board = _open_board(tensorboard, step, say)
+        # What has the step's own number was recorded before the checkpoint: a resumed run does not repeat it.
+        self._board = _open_board(tensorboard, 0 if offset is None else step + 1, say)
 
     def write(self, kind: str, **values: Any) -> None:
         """Append one record; numbers that JSON has no name for (NaN, infinities) become their name."""
@@ -133,7 +134,7 @@ class MetricsLog:
             self._board = None
 
 
-def _open_board(directory: Path | None, step: int, say: Say) -> Any:
+def _open_board(directory: Path | None, purge_step: int, say: Say) -> Any:
     if directory is None:
         return None
     try:
@@ -141,7 +142,7 @@ def _open_board(directory: Path | None, step: int, say: Say) -> Any:
     except ImportError:
         say("TensorBoard is not installed, going on without; to add it: pip install 'puna[train]'")
         return None
-    return SummaryWriter(str(directory), purge_step=step)
+    return SummaryWriter(str(directory), purge_step=purge_step)
 
 
 def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, float | str]]:

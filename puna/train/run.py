@@ -120,8 +120,18 @@ class RunDirectory:
             lines += [f"machine changed: {change}" for change in _machine_changes(self.machine(), machine)]
         with disk_errors(f"writing the settings of {self.path}", self.path, CheckpointError, ADVICE):
             write_atomically(self.environment_file, json.dumps(machine, indent=2) + "\n")
-            write_atomically(self.settings_file, to_toml(settings))
+        self.store(settings)
         return lines
+
+    def store(self, settings: Settings) -> None:
+        """Write `run.toml`.
+
+        Raises:
+            ResourceError: the disk is full; the old settings stay.
+            CheckpointError: the disk cannot be written to; likewise.
+        """
+        with disk_errors(f"writing the settings of {self.path}", self.path, CheckpointError, ADVICE):
+            write_atomically(self.settings_file, to_toml(settings))
 
     def forget(self) -> None:
         """Undo a `begin` that led nowhere: remove all it and what followed put here. Only for who holds it.

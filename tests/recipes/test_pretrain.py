@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 import signal
+import socket
+import subprocess
+import sys
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,11 +20,22 @@ import torch
 from safetensors.torch import load_file
 
 import puna
-from puna.errors import CheckpointError, DataError, InputError, Interrupted, SettingsError, TokenizerError
+from puna.errors import (
+    CheckpointError,
+    DataError,
+    InputError,
+    Interrupted,
+    PunaError,
+    SettingsError,
+    TokenizerError,
+)
+from puna.progress import silent
 from puna.recipes import session
+from puna.recipes.length import seconds_per_update
 from puna.recipes.pretrain import pretrain
 from puna.recipes.run_settings import PretrainSettings
-from puna.settings import read_settings
+from puna.settings import read_settings, to_toml
+from puna.train.loop import train
 from tests.recipes.conftest import tiny, write_text
 
 
@@ -41,8 +57,8 @@ def bare(run: Path) -> list[dict[str, Any]]:
     ]
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / "step-30" / "model.safetensors")
+def weights(run: Path, step: int = 30) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step-{step}" / "model.safetensors")
 
 
 def test_a_run_leaves_everything_and_learns(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -193,6 +209,127 @@ def test_going_on_from_a_model_directory(
         records(run, "validation")[-1]["loss"], rel=1e-3
     )  # it begins where that ended
     assert result["loss"] < first
+
+
+def test_a_finished_run_resumed_stays_as_it_is(tmp_path: Path, text: Path) -> None:
+    """No step is validated at an interval here: the end alone makes a model."""
+    settings = tiny(tmp_path / "run", text, length={"steps": 6}, validation={"every": 100})
+    first = quiet(settings)
+    before, log = weights(tmp_path / "run", 6), bare(tmp_path / "run")
+    assert quiet(settings, resume=True) == first
+    assert bare(tmp_path / "run") == log
+    after = weights(tmp_path / "run", 6)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert len(records(tmp_path / "run", "summary")) == 1
+
+
+def test_training_that_only_made_a_model_worse_still_exports_it(
+    tmp_path: Path, text: Path, finished: tuple[Path, dict[str, Any]]
+) -> None:
+    out = tmp_path / "worse"
+    changes: dict[str, Any] = {"init_from": str(finished[0] / "model"), "model": None, "tokenizer": None}
+    result = quiet(
+        tiny(
+            out,
+            text,
+            **changes,
+            length={"steps": 4},
+            schedule={"warmup_steps": 0},
+            optimizer={"learning_rate": 0.5},
+        )
+    )
+    first, last = (record["loss"] for record in records(out, "validation"))
+    assert first < last
+    assert puna.load(out, device="cpu").config.hidden_size == 32
+    assert result["loss"] == pytest.approx(last, rel=0.05)  # it is the exported model that is scored
+
+
+def test_a_run_that_skipped_to_its_end_is_validated_when_resumed(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny(tmp_path / "run", text, length={"steps": 6}, max_skipped=2)
+
+    def broken(model: Any, batch: Any) -> Any:
+        loss, count, others = session.language_modelling(model, batch)
+        return loss * (math.nan if torch.is_grad_enabled() and batch.position > 4 * 8 else 1.0), count, others
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "train", lambda objective, *given, **named: train(broken, *given, **named))
+        with pytest.raises(PunaError, match="after skipping 2 steps"):
+            quiet(settings)
+    quiet(settings, resume=True)
+    assert [record["step"] for record in records(tmp_path / "run", "validation")] == [0, 6]
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_a_checkpoint_is_let_go_of_once_taken_up(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tensors keep the files on the disk, pruned or not."""
+    out = tmp_path / "run"
+    _signal_at(monkeypatch, 2)
+    with pytest.raises(Interrupted):
+        quiet(tiny(out, text, length={"steps": 6}))
+    monkeypatch.undo()
+    found: list[weakref.ref[Any]] = []
+
+    def newest(*given: Any) -> Any:
+        checkpoint = original(*given)
+        found.append(weakref.ref(checkpoint))
+        return checkpoint
+
+    def checked(*given: Any, **named: Any) -> None:
+        gc.collect()
+        assert [reference() for reference in found] == [None]
+        train(*given, **named)
+
+    original = session.checkpoints.newest
+    monkeypatch.setattr(session.checkpoints, "newest", newest)
+    monkeypatch.setattr(session, "train", checked)
+    quiet(tiny(out, text, length={"steps": 6}), resume=True)
+    assert found
+
+
+def test_two_ranks_train_and_resume(tmp_path: Path, text: Path) -> None:
+    """The newest checkpoint is damaged: one rank sets it aside, and both go on from the one before."""
+    settings = tiny(tmp_path / "run", text, length={"steps": 6}, checkpoint={"every": 2})
+    (tmp_path / "run.toml").write_text(to_toml(settings))
+    _two_ranks(["pretrain", str(tmp_path / "run.toml")])
+    (tmp_path / "run" / "checkpoints" / "step-6" / "state.json").write_text("{}")
+    _two_ranks(["pretrain", str(tmp_path / "run.toml"), "--resume"])
+    assert [record["step"] for record in records(tmp_path / "run", "train")] == list(range(1, 7))
+    assert len(records(tmp_path / "run", "summary")) == 1
+    assert (tmp_path / "run" / "checkpoints" / "unusable-step-6").is_dir()
+
+
+def _two_ranks(arguments: list[str]) -> None:
+    """Puna in two processes, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {
+        **os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "puna", *arguments],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], said
+
+
+def test_ranks_measure_the_same_number_of_updates() -> None:
+    """Whatever their clocks say: an update waits for every rank."""
+    made: list[int] = []
+    seconds_per_update(made.append, lambda seconds: 0.5, silent)
+    assert made == [3, 18]  # nine of the twelve seconds, by the mean alone
 
 
 def test_a_directory_with_a_run_is_refused_without_resume(

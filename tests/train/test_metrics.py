@@ -60,13 +60,15 @@ def test_tensorboard_gets_the_numbers_and_the_samples(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = tmp_path / "tensorboard"
-    for step in (0, 1):  # the second log is that of a run resumed at step 1
-        with MetricsLog(tmp_path / "m", offset=0, tensorboard=board, step=step, say=pytest.fail) as log:
-            log.write("train", step=step, loss=3.0 - step, timing={"tokens_per_s": 7.0})
-            log.write("sample", step=step, prompt="a", text="b")
+    # Steps 1 to 3, stopped, and resumed from the checkpoint of step 2; what was there before began at step 0.
+    for offset, at, steps in ((None, 0, (0, 1, 2, 3)), (None, 0, (1, 2, 3)), (0, 2, (3, 4))):
+        with MetricsLog(tmp_path / "m", offset=offset, tensorboard=board, step=at, say=pytest.fail) as log:
+            for step in steps:
+                log.write("train", step=step, loss=5.0 - step, timing={"tokens_per_s": 7.0})
+            log.write("sample", step=steps[-1], prompt="a", text="b")
     events = EventAccumulator(str(board))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(0, 3.0), (1, 2.0)]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(n, 5.0 - n) for n in (1, 2, 3, 4)]
     assert events.Scalars("train/tokens_per_s")[0].value == 7.0
     assert "sample/text/text_summary" in events.Tags()["tensors"]
 

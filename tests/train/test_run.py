@@ -296,6 +296,21 @@ def test_a_failed_export_keeps_the_old_model(tmp_path: Path) -> None:
     assert not [entry for entry in run.path.iterdir() if ".tmp-" in entry.name]
 
 
+def test_settings_that_cannot_be_stored_are_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begun(tmp_path / "run")
+    before = run.settings_file.read_text()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ResourceError, match="No space left on device while writing the settings"):
+        run.store(CheckpointSettings(every=7))
+    assert run.settings_file.read_text() == before
+
+
 @pytest.mark.parametrize(("leftover", "survives"), [(".model.tmp-77", False), (".model.replaced", True)])
 def test_leftovers_of_a_killed_export_are_swept(tmp_path: Path, leftover: str, survives: bool) -> None:
     """Killed between the two renames, the old model is found, and put back by the next holder."""
