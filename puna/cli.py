@@ -255,6 +255,10 @@ def main() -> NoReturn:
         code = done.exit_code
     except (KeyboardInterrupt, typer.Abort):
         _fail("puna: stopped", 130)
+    except BrokenPipeError:
+        # The reader left (`puna … | head`); the interpreter's last flush needs somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except Exception as error:
         _usage_or_raise(error)
     sys.exit(code if isinstance(code, int) else 0)

@@ -1,10 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,8 +12,7 @@ from torch import nn
 from puna import parallel
 from puna.errors import SettingsError
 from puna.parallel import World
-
-ROOT = Path(__file__).parents[1]
+from tests.torchrun import run_in_ranks
 
 
 def test_one_process_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,19 +63,7 @@ def test_ranks_wait_for_hours_of_preparation(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_two_ranks_agree(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {
-        **os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
-    command = [sys.executable, "-m", "tests.ranks", str(tmp_path)]
-    ranks = [
-        subprocess.Popen(command, cwd=ROOT, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    run_in_ranks(2, "-m", "tests.ranks", str(tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert [first.pop("world"), second.pop("world")] == [[0, 2, 0, True], [1, 2, 1, False]]
     assert first == second

@@ -114,7 +114,7 @@ class ValidationSettings(Settings):
     """How often to score held-out text (ten times unless said), and on how many tokens (all at the end)."""
 
     every: int | None = neutral(None, ge=1)
-    tokens: int = neutral(200_000, ge=1)
+    tokens: int = layout(200_000, ge=1)  # another sample gives scores that are near, and not the same
 
 
 class SampleSettings(Settings):

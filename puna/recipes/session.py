@@ -343,7 +343,9 @@ class Session:
         )
         steps = steps_for(settings.length, pace)
         steps = int(self.world.sum_scalars([float(steps) if self.world.leads else 0.0])[0])
-        known = {"steps": max(steps, settings.schedule.warmup_steps + 1)}
+        if settings.length.minutes is not None:  # asked for by the clock: a slow machine still makes a run
+            steps = max(steps, settings.schedule.warmup_steps + 1)
+        known = {"steps": steps}
         return settings.model_copy(update={"length": settings.length.model_copy(update=known)})
 
     def _seconds_per_step(self) -> float:

@@ -130,7 +130,7 @@ class MetricsLog:
                     self._board.add_scalar(f"{kind}/{name}", value, step)
         except OSError as error:
             # The mirror may be missing; the record itself may not.
-            self._say(f"TensorBoard's files cannot be written ({error.strerror}); going on without them")
+            self._say(_without_board(error))
             self._board = None
 
 
@@ -142,7 +142,15 @@ def _open_board(directory: Path | None, purge_step: int, say: Say) -> Any:
     except ImportError:
         say("TensorBoard is not installed, going on without; to add it: pip install 'puna[train]'")
         return None
-    return SummaryWriter(str(directory), purge_step=purge_step)
+    try:
+        return SummaryWriter(str(directory), purge_step=purge_step)
+    except OSError as error:
+        say(_without_board(error))
+        return None
+
+
+def _without_board(error: OSError) -> str:
+    return f"TensorBoard's files cannot be written ({error.strerror}); going on without them"
 
 
 def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, float | str]]:

@@ -7,9 +7,6 @@ import json
 import math
 import os
 import signal
-import socket
-import subprocess
-import sys
 import weakref
 from itertools import pairwise
 from pathlib import Path
@@ -37,6 +34,7 @@ from puna.recipes.run_settings import PretrainSettings
 from puna.settings import read_settings, to_toml
 from puna.train.loop import train
 from tests.recipes.conftest import tiny, write_text
+from tests.torchrun import run_in_ranks
 
 
 def quiet(settings: PretrainSettings, **options: Any) -> dict[str, Any]:
@@ -294,35 +292,12 @@ def test_two_ranks_train_and_resume(tmp_path: Path, text: Path) -> None:
     """The newest checkpoint is damaged: one rank sets it aside, and both go on from the one before."""
     settings = tiny(tmp_path / "run", text, length={"steps": 6}, checkpoint={"every": 2})
     (tmp_path / "run.toml").write_text(to_toml(settings))
-    _two_ranks(["pretrain", str(tmp_path / "run.toml")])
+    run_in_ranks(2, "-m", "puna", "pretrain", str(tmp_path / "run.toml"))
     (tmp_path / "run" / "checkpoints" / "step-6" / "state.json").write_text("{}")
-    _two_ranks(["pretrain", str(tmp_path / "run.toml"), "--resume"])
+    run_in_ranks(2, "-m", "puna", "pretrain", str(tmp_path / "run.toml"), "--resume")
     assert [record["step"] for record in records(tmp_path / "run", "train")] == list(range(1, 7))
     assert len(records(tmp_path / "run", "summary")) == 1
     assert (tmp_path / "run" / "checkpoints" / "unusable-step-6").is_dir()
-
-
-def _two_ranks(arguments: list[str]) -> None:
-    """Puna in two processes, as torchrun would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {
-        **os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "puna", *arguments],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=120)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], said
 
 
 def test_ranks_measure_the_same_number_of_updates() -> None:

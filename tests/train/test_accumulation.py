@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +10,9 @@ from safetensors.torch import load_file
 
 from puna.train.gradients import accumulate, average_and_clip, known_scale
 from puna.train.objectives import language_modelling
+from tests.torchrun import run_in_ranks
 from tests.train.tiny import ROWS, TinySource, precision, tiny_model
 
-ROOT = Path(__file__).parents[2]
 NO_LIMIT = 1e9
 
 
@@ -80,26 +76,9 @@ def test_a_gradient_that_is_not_finite_is_left_as_it_was() -> None:
     assert parameter.grad.tolist() == [torch.inf, 1.0]
 
 
-def run_ranks(size: int, out: Path) -> None:
-    """`two_ranks.py` in as many processes, as torchrun would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {
-        **os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
-    command = [sys.executable, "-W", "error", "-m", "tests.train.two_ranks", str(out)]
-    ranks = [
-        subprocess.Popen(command, cwd=ROOT, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(size)
-    ]
-    assert [process.wait(timeout=120) for process in ranks] == [0] * size
-
-
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     for size in (1, 2):
-        run_ranks(size, tmp_path / str(size))
+        run_in_ranks(size, "-W", "error", "-m", "tests.train.two_ranks", str(tmp_path / str(size)))
     one, first, second = (
         load_file(tmp_path / name / f"rank-{rank}.safetensors")
         for name, rank in (("1", 0), ("2", 0), ("2", 1))

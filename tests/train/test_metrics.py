@@ -82,5 +82,15 @@ def test_without_tensorboard_one_line_says_so(tmp_path: Path, monkeypatch: pytes
     assert len(read(tmp_path / "m")) == 1
 
 
+def test_a_tensorboard_that_cannot_be_opened_stops_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "file").write_text("")
+    said: list[str] = []
+    with MetricsLog(tmp_path / "m", tensorboard=tmp_path / "file", say=said.append) as log:
+        log.write("train", step=1, loss=1.0)
+    assert said == ["TensorBoard's files cannot be written (File exists); going on without them"]
+    assert len(read(tmp_path / "m")) == 1
+
+
 def test_other_ranks_keep_no_record() -> None:
     discard("train", step=1)

@@ -307,7 +307,7 @@ def test_settings_that_cannot_be_stored_are_told_in_one_line(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ResourceError, match="No space left on device while writing the settings"):
-        run.store(CheckpointSettings(every=7))
+        run.store(RunSettings())
     assert run.settings_file.read_text() == before
 
 
