@@ -268,7 +268,8 @@ def _show_anything() -> None:
     """A terminal that cannot show a sign, or bytes that are no text, must not end an hour of training."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            # By lines, so that in a file, too, they stand in the order they were written in.
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
 def _usage_or_raise(error: Exception) -> NoReturn:

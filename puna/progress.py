@@ -9,13 +9,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 LINE_SECONDS = 10.0  # between two lines where standard error is not a terminal
 
 
 class Tracker(Protocol):
     """What long work reports to while it runs."""
+
+    def start_at(self, amount: float) -> None:
+        """Count `amount` units as done earlier: they are part of the whole, and not of the rate."""
 
     def advance(self, amount: float, note: str = "") -> None:
         """Add `amount` units; `note` replaces the text at the end of the line."""
@@ -29,6 +35,9 @@ Track = Callable[[str, float, str], AbstractContextManager[Tracker]]
 
 
 class _Silent:
+    def start_at(self, amount: float) -> None:
+        pass
+
     def advance(self, amount: float, note: str = "") -> None:
         pass
 
@@ -64,15 +73,18 @@ class _Meter:
     """Counts, and says rate and time left in words."""
 
     def __init__(self, total: float, unit: str) -> None:
-        self.total, self.unit, self.done = total, unit, 0.0
+        self.total, self.unit, self.done, self.earlier = total, unit, 0.0, 0.0
         self.began = time.monotonic()
 
     def add(self, amount: float) -> None:
         self.done += amount
 
+    def start_at(self, amount: float) -> None:
+        self.done = self.earlier = amount
+
     def describe(self, note: str) -> str:
         elapsed = time.monotonic() - self.began
-        rate = self.done / elapsed if elapsed > 0 else 0.0
+        rate = (self.done - self.earlier) / elapsed if elapsed > 0 else 0.0
         left = (self.total - self.done) / rate if rate > 0 else 0.0
         share = 100 * self.done / self.total if self.total else 100.0
         text = f"{share:3.0f}%  {quantity(rate)} {self.unit}/s  {duration(max(left, 0.0))} left"
@@ -80,17 +92,20 @@ class _Meter:
 
 
 class _Bar:
-    def __init__(self, bars: object, label: str, total: float, unit: str) -> None:
-        self._bars: object = bars
-        self._meter = _Meter(total, unit)
-        self._task = bars.add_task(label, total=total, text="")  # type: ignore[attr-defined]
+    def __init__(self, bars: Progress, label: str, total: float, unit: str) -> None:
+        self._bars, self._meter = bars, _Meter(total, unit)
+        self._task = bars.add_task(label, total=total, text="")
+
+    def start_at(self, amount: float) -> None:
+        self._meter.start_at(amount)
+        self._bars.update(self._task, completed=amount)
 
     def advance(self, amount: float, note: str = "") -> None:
         self._meter.add(amount)
-        self._bars.update(self._task, advance=amount, text=self._meter.describe(note))  # type: ignore[attr-defined]
+        self._bars.update(self._task, advance=amount, text=self._meter.describe(note))
 
     def say(self, text: str) -> None:
-        self._bars.console.print(text, highlight=False, markup=False)  # type: ignore[attr-defined]
+        self._bars.console.print(text, highlight=False, markup=False)
 
 
 class _Lines:
@@ -98,6 +113,9 @@ class _Lines:
         self._label, self._meter, self._note = label, _Meter(total, unit), ""
         self._shown = time.monotonic()
         print(f"{label} …", file=sys.stderr, flush=True)
+
+    def start_at(self, amount: float) -> None:
+        self._meter.start_at(amount)
 
     def advance(self, amount: float, note: str = "") -> None:
         self._meter.add(amount)
@@ -110,11 +128,9 @@ class _Lines:
         print(text, file=sys.stderr, flush=True)
 
     def finish(self) -> None:
-        elapsed = time.monotonic() - self._meter.began
-        print(
-            f"{self._label}: {quantity(self._meter.done)} {self._meter.unit} in {duration(elapsed)}",
-            file=sys.stderr,
-        )
+        meter = self._meter
+        elapsed, done = time.monotonic() - meter.began, meter.done - meter.earlier
+        print(f"{self._label}: {quantity(done)} {meter.unit} in {duration(elapsed)}", file=sys.stderr)
 
     def _print(self) -> None:
         print(f"{self._label}: {self._meter.describe(self._note)}", file=sys.stderr, flush=True)

@@ -71,7 +71,8 @@ def read_settings(cls: type[S], path: Path | None = None, overrides: Sequence[st
     values = {} if path is None else _read_toml(path)
     for override in overrides:
         _apply_override(values, override)
-    return parse(cls, values, str(path) if path is not None else "settings")
+    origin = str(path) if path is not None else "settings"
+    return parse(cls, values, f"{origin} with {' '.join(overrides)}" if path and overrides else origin)
 
 
 def parse(cls: type[S], values: Mapping[str, Any], origin: str = "settings") -> S:

@@ -106,7 +106,7 @@ def next_commands(run: RunDirectory) -> list[str]:
     """Three commands to try, each of which works as it stands."""
     puna = _puna()
     return [
-        f"{puna} generate {run.path} --prompt 'class Queue:' --temperature 0.7 --seed 1",
+        f"{puna} generate {run.path} --prompt 'def main():' --temperature 0.7 --seed 1",
         f"{puna} info {run.path}",
         f"{puna} pretrain {run.settings_file} out={run.path}-longer 'length={{minutes=30}}'",
     ]

@@ -55,12 +55,12 @@ def seconds_per_update(updates: Callable[[int], None], mean: Callable[[float], f
     `mean` is that of a number over all ranks. An update waits for all of them: were each to count by its own
     clock, one would make more updates than another, and wait for ever.
     """
-    with track("Measuring speed", MEASURED_SECONDS, "s") as bar:
+    with track("Measuring speed", 2, "rounds") as bar:
         per_step = mean(_timed(updates, 3) / 3)
-        bar.advance(0.25 * MEASURED_SECONDS)
+        bar.advance(1)
         count = max(3, round(0.75 * MEASURED_SECONDS / per_step))
         seconds = _timed(updates, count) / count
-        bar.advance(0.75 * MEASURED_SECONDS)
+        bar.advance(1)
     return seconds
 
 

@@ -107,6 +107,12 @@ class LengthSettings(Settings):
     def _any(self) -> Self:
         if not any((self.steps, self.epochs, self.tokens, self.minutes)):
             raise ValueError("say how long to train: one of length.steps, epochs, tokens or minutes")
+        given = [name for name in ("epochs", "tokens", "minutes") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"length.{given[0]} and length.{given[1]} are both given; to replace the length of a "
+                f"settings file on the command line write 'length={{{given[1]}=...}}'"
+            )
         return self
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,7 @@ class Session:
             rehearse(language_modelling, model, batch, precision)
 
         trial()  # memory that does not suffice runs out here, where the run can still be undone
+        say("Compiling the layers, where there is a compiler; it is kept for the next run")
         compiled = compile_blocks(model, settings.compile.mode, device, trial, say)
         session = cls(
             settings, run, world, device, precision, corpus, config, model, compiled,
@@ -209,13 +211,13 @@ class Session:
     def _train(self) -> None:
         wanted = self.settings
         every = [
-            (wanted.validation.every or max(1, self.steps // 10), self.validate),
-            (wanted.samples.every or max(1, self.steps // 5), self.write_samples),
+            (wanted.validation.every or math.ceil(self.steps / 10), self.validate),
+            (wanted.samples.every or math.ceil(self.steps / 5), self.write_samples),
             (1, self.save_if_due),
         ]
         with self.track("Training", self.steps * self.tokens_per_step, "tok") as bar:
             console, self.say = self.say, bar.say if self.world.leads else self.say
-            bar.advance(self.state.step * self.tokens_per_step)
+            bar.start_at(self.state.step * self.tokens_per_step)
             train(
                 language_modelling,
                 self.model,
@@ -369,12 +371,16 @@ class Session:
 
     def _introduce(self) -> None:
         data, batch = self.settings.data, self.settings.batch
+        held_out = self.corpus.validation.tokens_total
+        sampled = self.corpus.validation.sample(self.settings.validation.tokens).tokens_total
         self.say(
             f"Model: {parameters(self.config).total:,} parameters; {self.steps:,} updates of {batch.rows} × "
             f"{data.row_length} tokens ({quantity(self.steps * self.tokens_per_step)} in all, "
             f"{self.steps * batch.rows / self.loader.rows:.2f} epochs)\n"
             f"Computing on {self.device} in {self.precision}, "
-            f"{'compiled' if self.compiled.active else 'not compiled'}; measured limit {self.peak}"
+            f"{'compiled' if self.compiled.active else 'not compiled'}; measured limit {self.peak}\n"
+            f"Validation while training is on {sampled:,} of the {held_out:,} held-out tokens, "
+            "at the end on all"
         )
 
 

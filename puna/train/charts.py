@@ -14,6 +14,7 @@ from typing import Literal
 from puna.progress import quantity
 
 BOX = 1000
+TINY = 1e-200  # below, quotients leave the range of numbers: taken for nothing
 MOST_POINTS = 1500  # of one curve on the page
 Style = Literal["line", "faint", "dots"]
 
@@ -121,7 +122,7 @@ def chart(
     firm = [curve for curve in curves if curve.style != "faint"] or curves
     values = [end for curve in firm for end in (min(curve.values), max(curve.values))]
     values += [value for _, value in marks] + ([0.0] if from_zero else [])
-    upward = _span(values, log=log and min(values) > 0, room=0.04)
+    upward = _span(values, log=log and min(values) > TINY, room=0.04)
     ticks = upward.ticks()
     return Chart(
         title,
@@ -215,8 +216,9 @@ def _span(values: Sequence[float], log: bool = False, room: float = 0.0) -> Axis
     if log:
         ratio = max(high / low, 1.1) ** room
         return Axis(low / ratio, max(high, low * 1.1) * ratio, log=True)
-    if high == low:
-        high, low = high + (abs(high) or 1.0) / 2, low - (abs(low) or 1.0) / 2
+    if high - low < TINY:
+        reach = (abs(high) if abs(high) > TINY else 1.0) / 2
+        high, low = high + reach, low - reach
     margin = room * (high - low)
     return Axis(low if low == 0 else low - margin, high + margin)
 

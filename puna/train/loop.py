@@ -199,7 +199,9 @@ def _stop_if_asked(stop: StopRequest, world: World, save: Visit, state: TrainSta
         save(state)
         number = signal.Signals(stop.signal or signal.SIGTERM)
         raise Interrupted(
-            number, f"stopped by {number.name} at step {state.step}; state is saved: continue with --resume"
+            number,
+            f"stopped by {number.name} at step {state.step}; state is saved: "
+            "puna demo goes on by itself, puna pretrain with --resume",
         )
 
 

@@ -21,6 +21,8 @@ from puna.settings import read_settings
 from puna.train.objectives import language_modelling
 from tests.recipes.conftest import tiny
 
+CONFIGS = Path(__file__).parents[2] / "configs"
+
 GIVEN = ["out=x", "length.steps=6", "data.train=['t']", "tokenizer.path=t"]
 
 IMPOSSIBLE = [
@@ -131,3 +133,10 @@ def test_a_terminal_that_cannot_show_a_sign(monkeypatch: pytest.MonkeyPatch) -> 
         cli.main()
     cli._write("8 × 64 \udcff")
     assert shown.getvalue().endswith(b"8 \\xd7 64 \\udcff")
+
+
+def test_two_lengths_are_refused_with_the_way_to_replace_one() -> None:
+    with pytest.raises(SettingsError, match=r"length\.tokens and length\.minutes are both given.*'length="):
+        read_settings(PretrainSettings, CONFIGS / "gpu.toml", ["length.minutes=2"])
+    replaced = read_settings(PretrainSettings, CONFIGS / "gpu.toml", ["length={minutes=2}"])
+    assert (replaced.length.minutes, replaced.length.tokens) == (2, None)

@@ -36,6 +36,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], dict
     lines: list[str] = []
 
     class Recorder:
+        def start_at(self, amount: float) -> None:
+            pass
+
         def advance(self, amount: float, note: str = "") -> None:
             pass
 
@@ -92,7 +95,7 @@ def test_next_commands_work(ran: tuple[Path, list[str], dict[str, Any]], number:
         [sys.executable, "-m", "puna", *command[1:]], capture_output=True, text=True, timeout=120, check=False
     )
     assert answer.returncode == 0, answer.stderr
-    assert ("class Queue:" if number == 0 else "parameters") in answer.stdout
+    assert ("def main():" if number == 0 else "parameters") in answer.stdout
 
 
 def test_the_last_next_command_has_valid_settings(ran: tuple[Path, list[str], dict[str, Any]]) -> None:
