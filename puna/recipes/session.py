@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ class Session:
             rehearse(language_modelling, model, batch, precision)
 
         trial()  # memory that does not suffice runs out here, where the run can still be undone
-        say("Compiling the layers, where there is a compiler; it is kept for the next run")
+        if settings.compile.mode != "off":
+            say("Compiling the layers, where there is a compiler; it is kept for the next run")
         compiled = compile_blocks(model, settings.compile.mode, device, trial, say)
         session = cls(
             settings, run, world, device, precision, corpus, config, model, compiled,
@@ -113,6 +115,11 @@ class Session:
         """How many updates the run makes."""
         assert self.settings.length.steps is not None
         return self.settings.length.steps
+
+    @cached_property
+    def sampled(self) -> TokenSet:
+        """The held-out documents that validation during training reads."""
+        return self.corpus.validation.sample(self.settings.validation.tokens)
 
     @property
     def tokens_per_step(self) -> int:
@@ -137,9 +144,8 @@ class Session:
             return self._finish()
 
     def validate(self, state: TrainState) -> None:
-        """Score the head of the held-out tokens; the best model so far is exported."""
-        tokens = self.corpus.validation.sample(self.settings.validation.tokens)
-        score = self._score(tokens)
+        """Score a sample of the held-out documents; the best model so far is exported."""
+        score = self._score(self.sampled)
         self._record(
             "validation", step=state.step, loss=score.loss, perplexity=score.perplexity,
             bits_per_byte=score.bits_per_byte,
@@ -338,8 +344,7 @@ class Session:
             tokens=self.tokens_per_step,
             rows_per_epoch=self.loader.rows,
             # ten validations and the one at step 0, then all of it, with half of each row read twice
-            scored=11 * min(settings.validation.tokens, self.corpus.validation.tokens_total)
-            + 2 * self.corpus.validation.tokens_total,
+            scored=11 * self.sampled.tokens_total + 2 * self.corpus.validation.tokens_total,
             began=self.began,
             seconds_per_step=self._seconds_per_step,
         )
@@ -372,15 +377,14 @@ class Session:
     def _introduce(self) -> None:
         data, batch = self.settings.data, self.settings.batch
         held_out = self.corpus.validation.tokens_total
-        sampled = self.corpus.validation.sample(self.settings.validation.tokens).tokens_total
         self.say(
             f"Model: {parameters(self.config).total:,} parameters; {self.steps:,} updates of {batch.rows} × "
             f"{data.row_length} tokens ({quantity(self.steps * self.tokens_per_step)} in all, "
             f"{self.steps * batch.rows / self.loader.rows:.2f} epochs)\n"
             f"Computing on {self.device} in {self.precision}, "
             f"{'compiled' if self.compiled.active else 'not compiled'}; measured limit {self.peak}\n"
-            f"Validation while training is on {sampled:,} of the {held_out:,} held-out tokens, "
-            "at the end on all"
+            f"Validation while training is on {self.sampled.tokens_total:,} of the {held_out:,} "
+            "held-out tokens, at the end on all"
         )
 
 
