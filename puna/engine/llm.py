@@ -241,12 +241,12 @@ def load(
     target = choose_device(device)
     kind = choose_dtype(dtype, target)
     source = formats.open_model(formats.resolve(path))
-    chosen = source.tokenizer_path if tokenizer is None else tokenizer
+    chosen = source.tokenizer() if tokenizer is None else tokenizer
     if isinstance(chosen, str | Path):
         chosen = tokenizers.load(chosen)
     with torch.device("meta"):
         model = Llama(source.config).to(kind)
-    load_weights(model, _on(target, kind, source.weights))
+    load_weights(model, _on(target, kind, formats.expanded(source.weights)))
     ends = source.end_ids if chosen is None else (*source.end_ids, *chosen.end_ids)
     return LLM(model.eval(), chosen, tuple(dict.fromkeys(ends)), source=str(path))
 

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import torch
+from pydantic import Field
 
-from puna.errors import ModelError
-from puna.files import disk_errors, replace_directory, sync_tree, temporary_beside
-from puna.formats import provenance
+import puna.tokenizer
 from puna.formats.config_json import read_bos_id, read_config, read_end_ids, token_ids, write_config
+from puna.formats.content import Content, Obstacle, Record
 from puna.formats.json_files import read_object, write_object
 from puna.formats.safetensors_reader import SafetensorsFiles, files_of
 from puna.formats.safetensors_writer import write_tensors
 from puna.formats.source import Source
 from puna.model.weights import Weights
-from puna.tokenizer.tokenizer import Tokenizer
+from puna.settings import Settings
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-SHARD_BYTES = 5_000_000_000
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+
+
+class HuggingFaceSettings(Settings):
+    """`dtype` None keeps every tensor's own type; files hold at most `shard_bytes`."""
+
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    shard_bytes: int = Field(default=5_000_000_000, gt=0)
 
 
 def recognises(path: Path) -> bool:
@@ -40,78 +45,39 @@ def read(directory: Path) -> Source:
     generation = read_object(directory / GENERATION) if (directory / GENERATION).is_file() else {}
     config = read_config(values, str(directory / CONFIG))
     tensors = SafetensorsFiles(files_of(directory), config, directory)
+    has_tokenizer = any((directory / name).is_file() for name in _TOKENIZER_FILES)
     return Source(
         path=directory,
         format="hf",
         weights=Weights(tensors.config, tensors),
         dtype=tensors.dtype,
-        tokenizer_path=directory if any((directory / name).is_file() for name in _TOKENIZER_FILES) else None,
+        stored=tensors.stored,
         end_ids=read_end_ids(generation) or read_end_ids(values),
         bos_id=read_bos_id(values),
+        open_tokenizer=partial(puna.tokenizer.load, directory) if has_tokenizer else None,
     )
 
 
-def save(
-    directory: str | Path,
-    weights: Weights,
-    tokenizer: Tokenizer | None = None,
-    *,
-    end_ids: Sequence[int] | None = None,
-    bos_id: int | None = None,
-    source: str | None = None,
-    training: dict[str, Any] | None = None,
-    dtype: torch.dtype | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    overwrite: bool = False,
-) -> None:
-    """Write a model directory that transformers opens, aside first: the whole of it is there, or nothing.
+def obstacles(content: Content, settings: HuggingFaceSettings) -> Iterator[Obstacle]:
+    """What of a model such a directory cannot hold."""
+    yield from ()
 
-    Args:
-        directory: may exist where it is empty, or where `overwrite` is given.
-        weights: read once, one tensor in memory at a time.
-        tokenizer: its files are written too; it gives begin and end tokens where they are not given here.
-        end_ids: the tokens that end an answer.
-        bos_id: the token that begins a text.
-        source: what the model was made from, for puna.json.
-        training: what the training run says of itself, for puna.json; JSON.
-        dtype: the type to store; None keeps each tensor's own.
-        shard_bytes: files are no larger than this, unless one tensor is.
-        overwrite: replace the model that is there.
+
+def write(target: Path, content: Content, settings: HuggingFaceSettings, record: Record) -> list[str]:
+    """Write a directory that transformers opens; it must not exist.
+
+    Returns what the user should know of it, a sentence each.
 
     Raises:
-        ModelError: the destination exists, or the weights cannot be stored.
+        ModelError: the weights cannot be stored.
         TokenizerError: tokenizer.json cannot express the tokenizer.
-        ResourceError: the disk is full.
+        OSError: as it comes; the directory is then incomplete.
     """
-    target = Path(directory).resolve()
-    _check_destination(target, overwrite)
-    if tokenizer is not None:
-        end_ids = tokenizer.end_ids if end_ids is None else end_ids
-        bos_id = tokenizer.bos_id if bos_id is None else bos_id
-    temporary = temporary_beside(target)
-    with disk_errors(f"writing the model {target}", target, ModelError, "free some space and save it again"):
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had our number
-            temporary.mkdir(parents=True)
-            hashes = provenance.PayloadHash()
-            stored = write_tensors(temporary, weights, dtype, shard_bytes, hashes.add)
-            write_object(temporary / CONFIG, write_config(weights.config, stored, bos_id, end_ids or ()))
-            write_object(temporary / GENERATION, token_ids(bos_id, end_ids or ()))
-            if tokenizer is not None:
-                tokenizer.save(temporary)
-            provenance.write(temporary, hashes, stored, tokenizer, source=source, training=training)
-            sync_tree(temporary)
-            replace_directory(temporary, target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-
-
-def _check_destination(target: Path, overwrite: bool) -> None:
-    """Nothing is written over but an empty directory or, where that is asked for, a model."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not overwrite:
-        raise ModelError(f"{target} exists already; choose another name, remove it, or ask to overwrite it")
-    if not recognises(target):
-        raise ModelError(f"{target} exists and is not a model, so it is not overwritten; choose another name")
+    target.mkdir(parents=True)
+    dtype = write_tensors(target, content.weights, settings.dtype, settings.shard_bytes, record)
+    ends, bos = content.end_ids, content.bos_id
+    write_object(target / CONFIG, write_config(content.config, dtype, bos, ends))
+    write_object(target / GENERATION, token_ids(bos, ends))
+    if content.tokenizer is not None:
+        content.tokenizer.save(target)
+    return []

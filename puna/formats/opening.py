@@ -2,29 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from puna.errors import ModelError
 from puna.files import aside
 from puna.formats import huggingface
+from puna.formats.content import Content, Obstacle, Record
 from puna.formats.source import Source
+from puna.settings import Settings
 
 _RUN_MARK = "run.toml"  # what every run directory holds
 
 
 @dataclass(frozen=True)
 class Format:
-    """One way to keep a model on disk."""
+    """One way to keep a model on disk.
+
+    Attributes:
+        description: what is expected at a path, in words.
+        recognises: whether a path holds this format; by content, quickly, and never raising.
+        read: opens it. Everything is checked but the tensors' values, and nothing is taken into memory but
+            what the files really hold.
+        settings: the class of the settings for writing.
+        obstacles: what of a model the format cannot hold, asked before anything is written.
+        write: writes to a path that does not exist, in a directory that holds nothing else; returns what the
+            user should know of the result, a sentence each.
+        is_directory: whether a model is a directory; otherwise it is a file, with others beside it.
+    """
 
     description: str
     recognises: Callable[[Path], bool]
-    open: Callable[[Path], Source]
+    read: Callable[[Path], Source]
+    settings: type[Settings]
+    obstacles: Callable[[Content, Any], Iterable[Obstacle]]
+    write: Callable[[Path, Content, Any, Record], list[str]]
+    is_directory: bool
 
 
 FORMATS = {
-    "hf": Format("a directory with config.json and *.safetensors", huggingface.recognises, huggingface.read)
+    "hf": Format(
+        description="a directory with config.json and *.safetensors",
+        recognises=huggingface.recognises,
+        read=huggingface.read,
+        settings=huggingface.HuggingFaceSettings,
+        obstacles=huggingface.obstacles,
+        write=huggingface.write,
+        is_directory=True,
+    ),
 }
 
 
@@ -37,7 +64,7 @@ def open_model(path: str | Path) -> Source:
     path = model_path(Path(path))
     for format in FORMATS.values():
         if format.recognises(path):
-            return format.open(path)
+            return format.read(path)
     expected = "; ".join(format.description for format in FORMATS.values())
     raise ModelError(f"{path} is not a model: found {_what_is_at(path)}, expected {expected}")
 

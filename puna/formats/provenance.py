@@ -7,11 +7,11 @@ and a copy in another format.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from puna import __version__
@@ -30,11 +30,20 @@ class PayloadHash:
     """SHA-256 over every tensor's name, type, shape and bytes (little-endian, by rows), in order of name."""
 
     lines: dict[str, str] = field(default_factory=dict)
+    stored: Counter[str] = field(default_factory=Counter)
 
-    def add(self, name: str, tensor: Tensor, data: memoryview) -> None:
-        """Take in one tensor and its bytes."""
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        self.lines[name] = f"{name} {dtype} {list(tensor.shape)} {hashlib.sha256(data).hexdigest()}\n"
+    def add(self, name: str, value: Tensor | Packed) -> None:
+        """Take in one tensor; of a packed one, the blocks as they are."""
+        digest = hashlib.sha256()
+        if isinstance(value, Packed):
+            kind = value.scheme
+            digest.update(payload(value.data))
+            digest.update(b"" if value.scales is None else payload(value.scales))
+        else:
+            kind = str(value.dtype).removeprefix("torch.")
+            digest.update(payload(value))
+        self.stored[kind] += 1
+        self.lines[name] = f"{name} {kind} {list(value.shape)} {digest.hexdigest()}\n"
 
     def hexdigest(self) -> str:
         """The hash of what was taken in so far."""
@@ -42,59 +51,53 @@ class PayloadHash:
 
 
 def payload_hash(weights: Weights) -> str:
-    """The hash of weights at hand, to be compared with the one in puna.json.
-
-    Raises:
-        ModelError: a tensor is packed.
-    """
+    """The hash of weights at hand, to be compared with the one in puna.json."""
     found = PayloadHash()
-    for name, tensor in weights:
-        if isinstance(tensor, Packed):
-            raise ModelError(f"{name} is packed as {tensor.scheme}; unpack it, plain numbers are hashed")
-        found.add(name, tensor, payload(tensor))
+    for name, value in weights:
+        found.add(name, value)
     return found.hexdigest()
 
 
-def write(
-    directory: Path,
-    hashes: PayloadHash,
-    dtype: torch.dtype,
-    tokenizer: Tokenizer | None,
-    *,
-    source: str | None,
-    training: dict[str, Any] | None,
-) -> None:
-    """Write puna.json.
+def record(
+    hashes: PayloadHash, tokenizer: Tokenizer | None, *, source: Any, training: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What puna.json says of a model."""
+    about = None if tokenizer is None else {"fingerprint": tokenizer.fingerprint, "kind": tokenizer.kind}
+    return {
+        "format_version": FORMAT_VERSION,
+        "puna": __version__,
+        "source": source,
+        "weights": {
+            "sha256": hashes.hexdigest(),
+            "tensors": len(hashes.lines),
+            "dtype": max(hashes.stored, key=hashes.stored.__getitem__),
+        },
+        "tokenizer": about,
+        "training": training,
+    }
+
+
+def place(model: Path) -> Path:
+    """Where the provenance of a model lies: in its directory, or beside its file."""
+    return model / NAME if model.is_dir() else model.with_name(f"{model.name}.{NAME}")
+
+
+def write(model: Path, record: dict[str, Any]) -> None:
+    """Write the provenance of a model that is there.
 
     Raises:
         OSError: as it comes.
     """
-    write_object(
-        directory / NAME,
-        {
-            "format_version": FORMAT_VERSION,
-            "puna": __version__,
-            "source": source,
-            "weights": {
-                "sha256": hashes.hexdigest(),
-                "tensors": len(hashes.lines),
-                "dtype": str(dtype).removeprefix("torch."),
-            },
-            "tokenizer": None
-            if tokenizer is None
-            else {"fingerprint": tokenizer.fingerprint, "kind": tokenizer.kind},
-            "training": training,
-        },
-    )
+    write_object(place(model), record)
 
 
-def read(directory: Path) -> dict[str, Any] | None:
-    """The content of puna.json, None where there is none.
+def read(model: Path) -> dict[str, Any] | None:
+    """The provenance of a model, None where there is none.
 
     Raises:
         ModelError: it is damaged, or written by a later version.
     """
-    path = directory / NAME
+    path = place(model)
     if not path.is_file():
         return None
     found = read_object(path)

@@ -6,6 +6,7 @@ checked here is that the tensors are those of the config.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from puna.devices import DTYPES as DTYPES_BY_NAME
 from puna.errors import ModelError, nearest
+from puna.formats.casting import is_finite
 from puna.formats.json_files import read_object
 from puna.model.config import ModelConfig
 from puna.model.weights import shapes
@@ -55,8 +58,12 @@ class SafetensorsFiles:
     @property
     def dtype(self) -> torch.dtype:
         """The type that most tensors are stored in."""
-        kinds = [self._dtypes[name] for name in self._expected]
-        return max(dict.fromkeys(kinds), key=kinds.count)
+        return DTYPES_BY_NAME[max(self.stored, key=self.stored.__getitem__)]
+
+    @property
+    def stored(self) -> dict[str, int]:
+        """How many tensors are stored in each type, by name."""
+        return dict(Counter(str(self._dtypes[name]).removeprefix("torch.") for name in self._expected))
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the model.
@@ -135,14 +142,6 @@ def files_of(directory: Path) -> list[Path]:
     if found:
         raise ModelError(f"{directory}: {found[0]} needs {INDEX} beside it, which is missing; copy it too")
     raise ModelError(f"{directory}: holds config.json but no weights; expected {SINGLE} or {INDEX}")
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite; one pass, nothing allocated."""
-    if not tensor.numel():
-        return True
-    low, high = torch.aminmax(tensor)  # both are NaN where any value is
-    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _shards(directory: Path, table: Any, index: Path) -> list[Path]:

@@ -8,7 +8,6 @@ header comes first and is known last, so its room is reserved, from the names an
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,39 +15,39 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from puna.devices import DTYPES
 from puna.errors import ModelError
+from puna.formats.casting import stored
+from puna.formats.content import Record
 from puna.formats.json_files import write_object
 from puna.formats.safetensors_reader import DTYPES as STORED
-from puna.formats.safetensors_reader import INDEX, SINGLE, is_finite
+from puna.formats.safetensors_reader import INDEX, SINGLE
 from puna.model.weights import Packed, Weights, shapes
 
 CODES = {dtype: code for code, dtype in STORED.items()}
 _ALIGNMENT = 64  # of the first tensor's place in a file, so that mapped tensors are read in whole cache lines
 _LARGEST = 10**15  # bytes; no offset has more digits
 
-Record = Callable[[str, Tensor, memoryview], None]
-"""Told of every tensor as it is written: name, tensor, and its bytes."""
-
 
 def write_tensors(
-    directory: Path, weights: Weights, dtype: torch.dtype | None, shard_bytes: int, record: Record
+    directory: Path, weights: Weights, dtype: str | None, shard_bytes: int, record: Record
 ) -> torch.dtype:
-    """Write model.safetensors, or shards of at most `shard_bytes` and their index; return the type written.
+    """Write model.safetensors, or shards of at most `shard_bytes` and their index; return the type most have.
 
-    A tensor larger than `shard_bytes` gets a shard of its own. `dtype` None keeps every tensor's type, and
-    returns the type that most have.
+    A tensor larger than `shard_bytes` gets a shard of its own. `dtype` None keeps every tensor's type.
 
     Raises:
-        ModelError: a tensor is packed, missing, or does not fit into `dtype`.
+        ModelError: a tensor is packed and no `dtype` given, missing, or does not fit into `dtype`.
         OSError: as it comes; the directory is then incomplete.
     """
     kinds: list[torch.dtype] = []
     place: dict[str, int] = {}
     with closing(_Shards(directory, _header_room(weights), shard_bytes)) as shards:
-        for name, tensor in _converted(weights, dtype):
+        for name, tensor in stored(weights, lambda name, shape: dtype):
+            if isinstance(tensor, Packed):
+                raise ModelError(f"{name} is packed as {tensor.scheme}; choose a dtype to expand it to")
             kinds.append(tensor.dtype)
-            place[name] = shards.add(name, tensor, record)
+            record(name, tensor)
+            place[name] = shards.add(name, tensor)
     _name_shards(directory, place, shards.total_bytes)
     return max(dict.fromkeys(kinds), key=kinds.count)
 
@@ -68,7 +67,7 @@ class _Shards:
         self._header: dict[str, Any] = {}
         self._number, self._filled, self.total_bytes = -1, 0, 0
 
-    def add(self, name: str, tensor: Tensor, record: Record) -> int:
+    def add(self, name: str, tensor: Tensor) -> int:
         """Append a tensor; the number of the file it went to."""
         data = payload(tensor)
         if self._file is None or (self._filled and self._filled + len(data) > self._limit):
@@ -76,7 +75,6 @@ class _Shards:
             self._begin()
         assert self._file is not None
         self._file.write(data)
-        record(name, tensor, data)
         begin, self._filled = self._filled, self._filled + len(data)
         self.total_bytes += len(data)
         self._header[name] = _entry(CODES[tensor.dtype], tensor.shape, begin, self._filled)
@@ -112,30 +110,6 @@ def _header_room(weights: Weights) -> int:
 
 def _entry(code: str, shape: tuple[int, ...], begin: int, end: int) -> dict[str, Any]:
     return {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
-
-
-def _converted(weights: Weights, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in the type to store, once it is sure that it belongs to the model and survives this."""
-    missing = shapes(weights.config)
-    for name, tensor in weights:
-        if isinstance(tensor, Packed):
-            raise ModelError(f"{name} is packed as {tensor.scheme}; safetensors files take plain numbers")
-        if missing.pop(name, None) != tuple(tensor.shape):
-            raise ModelError(f"{name} {list(tensor.shape)} is not a tensor of a model of this config")
-        kind = tensor.dtype if dtype is None else dtype
-        if kind not in CODES:
-            raise ModelError(f"{name} is {kind}; expected one of {', '.join(DTYPES)}")
-        converted = tensor.to(kind)
-        if not is_finite(converted):
-            why = (
-                f"overflows {kind}"
-                if is_finite(tensor)
-                else "holds NaN or infinite values: training diverged"
-            )
-            raise ModelError(f"{name} {why}; the model was not saved")
-        yield name, converted
-    if missing:
-        raise ModelError(f"the weights lack {', '.join(list(missing)[:5])}; the model was not saved")
 
 
 def _name_shards(directory: Path, place: dict[str, int], total_bytes: int) -> None:

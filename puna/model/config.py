@@ -39,6 +39,7 @@ class ModelConfig(Settings):
     )  # far beyond any real one; its powers stay finite
     rope_scaling: RopeScaling = NoScaling()
     tie_word_embeddings: bool = False
+    sliding_window: int | None = Field(None, gt=0)
     attention_bias: bool = False
     mlp_bias: bool = False
     residual_dropout: float = Field(0.0, ge=0, lt=1)

@@ -18,11 +18,15 @@ from puna.model.llama import Llama
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix in a low-bit scheme: `data` and `scales` as it lays them out, `shape` when unpacked."""
+    """A matrix in a low-bit scheme, as files hold it; `puna.formats.packed` expands it.
+
+    `data` and `scales` begin with a dimension of `shape[0]` rows, so that rows can be moved without being
+    unpacked; `scales` is None where the blocks of `data` hold their own. `shape` is that of the matrix.
+    """
 
     scheme: str
     data: Tensor
-    scales: Tensor
+    scales: Tensor | None
     shape: tuple[int, ...]
 
 

@@ -107,10 +107,10 @@ def _tokenizer(
 ) -> Tokenizer:
     """The one of `init_from`, the one at `tokenizer.path`, or one trained in an earlier or in this start."""
     if settings.init_from is not None:
-        path = formats.open_model(Path(settings.init_from)).tokenizer_path
-        if path is None:
+        tokenizer = formats.open_model(Path(settings.init_from)).tokenizer()
+        if tokenizer is None:
             raise ModelError(f"{settings.init_from}: has no tokenizer; put its files beside the weights")
-        return puna.tokenizer.load(path)
+        return tokenizer
     if settings.tokenizer.path is not None:
         return puna.tokenizer.load(settings.tokenizer.path)
     assert settings.tokenizer.train is not None

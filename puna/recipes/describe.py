@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-import puna.tokenizer
 from puna import formats
 from puna.formats import provenance
 from puna.model.counts import flops_per_token, parameters
@@ -27,6 +26,7 @@ def describe(model: str, say: Say) -> dict[str, Any]:
         "path": str(source.path),
         "format": source.format,
         "dtype": str(source.dtype).removeprefix("torch."),
+        "stored": dict(source.stored),
         "config": config.model_dump(mode="json"),
         "parameters": {**asdict(counts), "total": counts.total},
         "flops_per_token": flops_per_token(config, config.max_position_embeddings, training=False),
@@ -40,9 +40,9 @@ def describe(model: str, say: Say) -> dict[str, Any]:
 
 
 def _tokenizer(source: formats.Source) -> dict[str, Any] | None:
-    if source.tokenizer_path is None:
+    tokenizer = source.tokenizer()
+    if tokenizer is None:
         return None
-    tokenizer = puna.tokenizer.load(source.tokenizer_path)
     return {
         "kind": tokenizer.kind,
         "vocab_size": tokenizer.vocab_size,

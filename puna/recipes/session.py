@@ -397,7 +397,7 @@ def _build_model(settings: PretrainSettings, corpus: Corpus) -> tuple[ModelConfi
         return config, model
     source = formats.open_model(Path(settings.init_from))
     model = Llama(source.config)
-    load_weights(model, source.weights)
+    load_weights(model, formats.expanded(source.weights))
     return source.config, model
 
 

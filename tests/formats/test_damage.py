@@ -16,7 +16,7 @@ import pytest
 
 from puna import formats
 from puna.errors import ModelError
-from puna.formats.huggingface import CONFIG, GENERATION
+from puna.formats.huggingface import CONFIG, GENERATION, HuggingFaceSettings
 from puna.formats.safetensors_reader import INDEX, SINGLE
 from puna.model.llama import Llama
 from puna.model.weights import load_weights, weights_of
@@ -197,7 +197,10 @@ def fuzz(directory: Path, names: list[str], rounds: int) -> None:
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
 def test_mutated_files_are_refused_or_valid(tmp_path: Path, shard_bytes: int) -> None:
     formats.save(
-        tmp_path / "m", weights_of(model_of(CONFIGS["llama3"])), end_ids=[2], shard_bytes=shard_bytes
+        tmp_path / "m",
+        weights_of(model_of(CONFIGS["llama3"])),
+        end_ids=[2],
+        settings=HuggingFaceSettings(shard_bytes=shard_bytes),
     )
     names = [path.name for path in (tmp_path / "m").iterdir() if path.name != "puna.json"]
     fuzz(tmp_path / "m", names, 300)

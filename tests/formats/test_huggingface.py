@@ -12,12 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from puna import formats
+from puna.devices import DTYPES
 from puna.errors import ModelError, ResourceError
 from puna.formats import provenance
-from puna.formats.huggingface import CONFIG, GENERATION
-from puna.formats.safetensors_reader import INDEX, SINGLE, is_finite
+from puna.formats.casting import is_finite
+from puna.formats.huggingface import CONFIG, GENERATION, HuggingFaceSettings
+from puna.formats.packed import pack, unpack
+from puna.formats.safetensors_reader import INDEX, SINGLE
 from puna.model.llama import Llama
-from puna.model.weights import Packed, Weights, load_weights, weights_of
+from puna.model.weights import Weights, load_weights, weights_of
 from puna.tokenizer.train import TokenizerSettings, train
 from tests.formats.conftest import edit
 from tests.model.shapes import CONFIGS, ids_of, model_of
@@ -69,7 +72,7 @@ def test_shards_hold_the_same(name: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model = model_of(CONFIGS[name])
     formats.save(tmp_path / "one", weights_of(model))
-    formats.save(tmp_path / "many", weights_of(model), shard_bytes=9000)
+    formats.save(tmp_path / "many", weights_of(model), settings=HuggingFaceSettings(shard_bytes=9000))
     files = sorted((tmp_path / "many").glob("*.safetensors"))
     index = json.loads((tmp_path / "many" / INDEX).read_text())
 
@@ -99,15 +102,16 @@ def test_files_are_what_safetensors_itself_would_hold(saved: Path, model: Llama)
     assert (8 + header) % 64 == 0  # mapped tensors begin on a cache line
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_type_may_be_chosen(dtype: torch.dtype, model: Llama, tmp_path: Path) -> None:
-    formats.save(tmp_path / "cast", weights_of(model), dtype=dtype)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_a_type_may_be_chosen(dtype: str, model: Llama, tmp_path: Path) -> None:
+    formats.save(tmp_path / "cast", weights_of(model), settings=HuggingFaceSettings(dtype=dtype))
     source = formats.open_model(tmp_path / "cast")
-    assert source.dtype == dtype
-    assert json.loads((tmp_path / "cast" / CONFIG).read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    assert source.dtype == DTYPES[dtype]
+    assert set(source.stored) == {dtype}
+    assert json.loads((tmp_path / "cast" / CONFIG).read_text())["dtype"] == dtype
     expected = dict(model.named_parameters())
     for name, tensor in source.weights:
-        assert torch.equal(tensor, expected[name].to(dtype)), name
+        assert torch.equal(tensor, expected[name].to(DTYPES[dtype])), name
 
 
 def test_weights_may_be_read_again(saved: Path) -> None:
@@ -117,7 +121,7 @@ def test_weights_may_be_read_again(saved: Path) -> None:
 
 def test_tokens_that_begin_and_end(saved: Path) -> None:
     source = formats.open_model(saved)
-    assert (source.bos_id, source.end_ids, source.tokenizer_path) == (1, (2, 7), None)
+    assert (source.bos_id, source.end_ids, source.tokenizer()) == (1, (2, 7), None)
     assert json.loads((saved / GENERATION).read_text()) == {"bos_token_id": 1, "eos_token_id": [2, 7]}
     edit(saved / GENERATION, lambda values: values.update(eos_token_id=5))
     assert formats.open_model(saved).end_ids == (5,)
@@ -134,7 +138,8 @@ def test_the_tokenizer_comes_along(model: Llama, tmp_path: Path) -> None:
     for text in [*source.splitlines()[:200], "", "  two  spaces", "é 日本 😀", "0123 4.5"]:
         assert theirs(text)["input_ids"] == tokenizer.encode(text)
     opened = formats.open_model(tmp_path / "whole")
-    assert opened.tokenizer_path == tmp_path / "whole"
+    found = opened.tokenizer()
+    assert found is not None and found.fingerprint == tokenizer.fingerprint
     assert (opened.bos_id, opened.end_ids) == (tokenizer.bos_id, tokenizer.end_ids)
     record = provenance.read(tmp_path / "whole")
     assert record["tokenizer"] == {"fingerprint": tokenizer.fingerprint, "kind": tokenizer.kind}
@@ -173,7 +178,7 @@ def test_an_existing_destination_is_left_alone(saved: Path, model: Llama) -> Non
     with pytest.raises(ModelError, match="exists already"):
         formats.save(saved, weights_of(model))
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
-    formats.save(saved, weights_of(model), dtype=torch.bfloat16, overwrite=True)
+    formats.save(saved, weights_of(model), settings=HuggingFaceSettings(dtype="bfloat16"), overwrite=True)
     assert formats.open_model(saved).dtype == torch.bfloat16
     assert listing(saved.parent) == ["saved"]
 
@@ -251,16 +256,29 @@ def changed(model: Llama, **changes: object) -> Weights:
         (torch.ones(31), "model.norm.weight .31. is not a tensor"),
         (torch.full((32,), torch.nan), "NaN or infinite"),
         (torch.full((32,), torch.inf), "NaN or infinite"),
-        (torch.full((32,), 1e6), "overflows torch.float16"),
-        (Packed("int8", torch.ones(1), torch.ones(1), (32,)), "packed as int8"),
+        (torch.full((32,), 1e6), "overflows float16"),
     ],
 )
 def test_weights_that_cannot_be_stored_are_refused(
     model: Llama, tmp_path: Path, value: object, message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):
-        formats.save(tmp_path / "m", changed(model, model__norm__weight=value), dtype=torch.float16)
+        formats.save(
+            tmp_path / "m",
+            changed(model, model__norm__weight=value),
+            settings=HuggingFaceSettings(dtype="float16"),
+        )
     assert listing(tmp_path) == []
+
+
+def test_a_packed_tensor_is_expanded_to_the_type_asked_for(model: Llama, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    packed = pack(dict(model.named_parameters())[name].detach(), "q8_0")
+    weights = changed(model, model__layers__0__mlp__up_proj__weight=packed)
+    with pytest.raises(ModelError, match="packed as q8_0; choose a dtype"):
+        formats.save(tmp_path / "m", weights)
+    formats.save(tmp_path / "m", weights, settings=HuggingFaceSettings(dtype="float32"))
+    assert torch.equal(dict(formats.open_model(tmp_path / "m").weights)[name], unpack(packed))
 
 
 # What others write
@@ -333,7 +351,7 @@ def test_a_config_of_another_size_is_told(saved: Path) -> None:
 
 
 def test_missing_shards_are_named(model: Llama, tmp_path: Path) -> None:
-    formats.save(tmp_path / "m", weights_of(model), shard_bytes=9000)
+    formats.save(tmp_path / "m", weights_of(model), settings=HuggingFaceSettings(shard_bytes=9000))
     first, second = sorted((tmp_path / "m").glob("*.safetensors"))[:2]
     first.unlink()
     second.unlink()
@@ -342,14 +360,14 @@ def test_missing_shards_are_named(model: Llama, tmp_path: Path) -> None:
 
 
 def test_a_shard_without_its_index_says_so(model: Llama, tmp_path: Path) -> None:
-    formats.save(tmp_path / "m", weights_of(model), shard_bytes=9000)
+    formats.save(tmp_path / "m", weights_of(model), settings=HuggingFaceSettings(shard_bytes=9000))
     (tmp_path / "m" / INDEX).unlink()
     with pytest.raises(ModelError, match=f"needs {INDEX}"):
         formats.open_model(tmp_path / "m")
 
 
 def test_a_tensor_in_two_files_is_told(model: Llama, tmp_path: Path) -> None:
-    formats.save(tmp_path / "m", weights_of(model), shard_bytes=9000)
+    formats.save(tmp_path / "m", weights_of(model), settings=HuggingFaceSettings(shard_bytes=9000))
     first, second = sorted((tmp_path / "m").glob("*.safetensors"))[:2]
     second.write_bytes(first.read_bytes())
     with pytest.raises(ModelError, match=f"is both in {first.name} and {second.name}"):
@@ -358,7 +376,7 @@ def test_a_tensor_in_two_files_is_told(model: Llama, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", "a/b"])
 def test_an_index_may_not_point_outside(model: Llama, tmp_path: Path, name: str) -> None:
-    formats.save(tmp_path / "m", weights_of(model), shard_bytes=9000)
+    formats.save(tmp_path / "m", weights_of(model), settings=HuggingFaceSettings(shard_bytes=9000))
     edit(tmp_path / "m" / INDEX, lambda values: values["weight_map"].update({"model.norm.weight": name}))
     with pytest.raises(ModelError, match="is not the name of a file beside it"):
         formats.open_model(tmp_path / "m")

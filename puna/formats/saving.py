@@ -1,0 +1,92 @@
+"""A model directory, written aside first: the whole of it is there, or nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from puna.errors import ModelError
+from puna.files import disk_errors, replace_directory, sync_tree, temporary_beside
+from puna.formats import huggingface, provenance
+from puna.formats.content import Content
+from puna.formats.huggingface import HuggingFaceSettings
+from puna.model.weights import Weights
+from puna.tokenizer.tokenizer import Tokenizer
+
+
+def save(
+    directory: str | Path,
+    weights: Weights,
+    tokenizer: Tokenizer | None = None,
+    *,
+    end_ids: Sequence[int] | None = None,
+    bos_id: int | None = None,
+    source: str | None = None,
+    training: dict[str, Any] | None = None,
+    settings: HuggingFaceSettings | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a model directory that transformers opens, with its provenance.
+
+    Args:
+        directory: may exist where it is empty, or where `overwrite` is given.
+        weights: read once, one tensor in memory at a time.
+        tokenizer: its files are written too; it gives begin and end tokens where they are not given here.
+        end_ids: the tokens that end an answer.
+        bos_id: the token that begins a text.
+        source: what the model was made from, for puna.json.
+        training: what the training run says of itself, for puna.json; JSON.
+        settings: type and size of the files.
+        overwrite: replace the model that is there.
+
+    Raises:
+        ModelError: the destination exists, or the weights cannot be stored.
+        TokenizerError: tokenizer.json cannot express the tokenizer.
+        ResourceError: the disk is full.
+    """
+    target = Path(directory).resolve()
+    check_destination(target, overwrite, huggingface.recognises)
+    if tokenizer is not None:
+        end_ids = tokenizer.end_ids if end_ids is None else end_ids
+        bos_id = tokenizer.bos_id if bos_id is None else bos_id
+    content = Content(weights, tokenizer, tuple(end_ids or ()), bos_id)
+    with written_aside(target) as temporary:
+        hashes = provenance.PayloadHash()
+        huggingface.write(temporary, content, settings or HuggingFaceSettings(), hashes.add)
+        record = provenance.record(hashes, tokenizer, source=source, training=training)
+        provenance.write(temporary, record)
+        sync_tree(temporary)
+        replace_directory(temporary, target)
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """A name beside `target`, not existing, for what will take its place; removed whatever happens.
+
+    Raises:
+        ResourceError, ModelError: for an OSError inside, in one line.
+    """
+    temporary = temporary_beside(target)
+    with disk_errors(f"writing the model {target}", target, ModelError, "free some space and save it again"):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had our number
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_destination(target: Path, overwrite: bool, recognises: Callable[[Path], bool]) -> None:
+    """Nothing is written over but an empty directory or, where that is asked for, a model.
+
+    Raises:
+        ModelError: something else is there.
+    """
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not overwrite:
+        raise ModelError(f"{target} exists already; choose another name, remove it, or ask to overwrite it")
+    if not recognises(target):
+        raise ModelError(f"{target} exists and is not a model, so it is not overwritten; choose another name")
