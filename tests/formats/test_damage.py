@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +13,9 @@ from puna import formats
 from puna.errors import ModelError
 from puna.formats.huggingface import CONFIG, GENERATION, HuggingFaceSettings
 from puna.formats.safetensors_reader import INDEX, SINGLE
-from puna.model.llama import Llama
-from puna.model.weights import load_weights, weights_of
+from puna.model.weights import weights_of
+from tests.formats.damage import bent, bounded, cut_or_flipped, fuzz, read_whole
 from tests.model.shapes import CONFIGS, model_of
-
-SECONDS, MEGABYTES = 2.0, 64  # bounds for one file; the model itself has a tenth of a megabyte
-
-
-@contextmanager
-def bounded() -> Iterator[None]:
-    """Whatever happens inside takes little time and memory."""
-    began, before = time.monotonic(), _peak()
-    yield
-    assert time.monotonic() - began < SECONDS
-    assert _peak() - before < MEGABYTES << 20
-
-
-def _peak() -> int:
-    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return usage if sys.platform == "darwin" else usage * 1024
-
-
-def read_whole(path: Path) -> None:
-    """Open a model and put it into memory."""
-    source = formats.open_model(path)
-    load_weights(Llama(source.config), source.weights)
 
 
 def refused(path: Path) -> str:
@@ -136,31 +109,6 @@ def test_directories_where_files_are_expected(saved: Path) -> None:
     refused(saved)
 
 
-VALUES: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 3, 7, 2**31, 2**63, 2**70, 10**400, 0.5, -0.0, 1e308, 1e-320,
-    "", "x", "llama", "yarn", [], [1], [[1]], {}, {"rope_type": "yarn"}, {"type": "dynamic", "factor": 1e300},
-    {"rope_type": "yarn", "factor": 1e300, "original_max_position_embeddings": 2**70},
-]  # fmt: skip
-
-
-def bent(draw: random.Random, value: Any) -> Any:
-    """JSON with one part replaced, removed, repeated or bent itself."""
-    if isinstance(value, dict) and value and draw.random() < 0.9:
-        key = draw.choice(list(value))
-        kind = draw.random()
-        if kind < 0.1:
-            return {name: item for name, item in value.items() if name != key}
-        if kind < 0.2:
-            return {**value, key + draw.choice(["", "x", ".0"]): draw.choice(VALUES)}
-        return {**value, key: bent(draw, value[key])}
-    if isinstance(value, list) and value and draw.random() < 0.7:
-        place = draw.randrange(len(value))
-        return [*value[:place], bent(draw, value[place]), *value[place + 1 :]]
-    if isinstance(value, int) and draw.random() < 0.5:
-        return value + draw.choice([-1, 1, 4, 8, 2**32])
-    return draw.choice(VALUES)
-
-
 def damaged(draw: random.Random, path: Path) -> bytes:
     """A file's content, bent in its structure or in its bytes."""
     data = path.read_bytes()
@@ -169,29 +117,7 @@ def damaged(draw: random.Random, path: Path) -> bytes:
             return json.dumps(bent(draw, json.loads(data))).encode()
         header, body = header_of(data)
         return with_header(bent(draw, header), body)
-    if draw.random() < 0.3:
-        return data[: draw.randrange(len(data))]
-    changed = bytearray(data)
-    for _ in range(draw.choice([1, 1, 2, 20])):
-        changed[draw.randrange(min(len(changed), 4000))] = draw.randrange(256)
-    return bytes(changed)
-
-
-def fuzz(directory: Path, names: list[str], rounds: int) -> None:
-    originals = {name: (directory / name).read_bytes() for name in names}
-    opened = 0
-    for seed in range(rounds):
-        draw = random.Random(seed)
-        name = draw.choice(names)
-        (directory / name).write_bytes(damaged(draw, directory / name))
-        try:
-            with bounded():
-                read_whole(directory)
-            opened += 1
-        except ModelError as error:
-            assert "\n" not in str(error), seed
-        (directory / name).write_bytes(originals[name])
-    assert 0 < opened < rounds // 2
+    return cut_or_flipped(draw, data)
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
@@ -202,11 +128,12 @@ def test_mutated_files_are_refused_or_valid(tmp_path: Path, shard_bytes: int) ->
         end_ids=[2],
         settings=HuggingFaceSettings(shard_bytes=shard_bytes),
     )
-    names = [path.name for path in (tmp_path / "m").iterdir() if path.name != "puna.json"]
-    fuzz(tmp_path / "m", names, 300)
+    files = sorted(path for path in (tmp_path / "m").iterdir() if path.name != "puna.json")
+    assert 0 < fuzz(tmp_path / "m", files, damaged, 300) < 150
 
 
 @pytest.mark.slow
 def test_many_mutated_files_are_refused_or_valid(tmp_path: Path) -> None:
     formats.save(tmp_path / "m", weights_of(model_of(CONFIGS["yarn"])), end_ids=[2])
-    fuzz(tmp_path / "m", [CONFIG, CONFIG, GENERATION, SINGLE], 4000)
+    files = [tmp_path / "m" / name for name in (CONFIG, CONFIG, GENERATION, SINGLE)]
+    assert 0 < fuzz(tmp_path / "m", files, damaged, 6000) < 3000
