@@ -21,37 +21,41 @@ class ContiguousCache:
     """One block of memory per layer, (B, C, K, H) for keys and for values, that doubles as rows grow.
 
     Rows have different lengths: every token is stored at its own position, and a query sees the keys of its
-    row up to its own position. So a row may be padded on the right; what padding stored is never seen, and
-    is overwritten when the row gets there. Positions of a row must have been stored without gaps.
+    row up to its own position, or those of them that its window spans. So a row may be padded on the right;
+    what padding stored is never seen, and is overwritten when the row gets there. Positions of a row must
+    have been stored without gaps. All are kept, also those that every window has left behind.
     """
 
-    def __init__(self, layers: int, longest: int, rope_lengths: Tensor | None = None) -> None:
+    def __init__(
+        self, layers: int, longest: int, rope_lengths: Tensor | None = None, window: int | None = None
+    ) -> None:
         """Room is made when it is needed, for `longest` positions at most.
 
         `rope_lengths` (B,) are the lengths by which dynamic NTK turns each row: `puna.model.attention.Cache`.
+        `window` is the model's `sliding_window`.
         """
         self.rope_lengths = rope_lengths
+        self._window = window
         self._longest = longest
         self._keys: list[Tensor | None] = [None] * layers
         self._values: list[Tensor | None] = [None] * layers
         self._step: _Step | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-        """Store k and v (B, T, K, H) at positions (B, T), then let q (B, T, N, H) see all up to its own.
+        """Store k and v (B, T, K, H) at positions (B, T), then let q (B, T, N, H) see those up to its own.
 
         A pass through the model begins with layer 0; what positions mean is worked out there, once.
         """
         if layer == 0:
-            self._step = _Step.of(positions)
+            self._step = _Step.of(positions, self._window)
         step = self._step
         assert step is not None
         keys = self._store(self._keys, layer, k, step, positions)
         values = self._store(self._values, layer, v, step, positions)
         if step.from_start:  # all there is to see is in the input
-            return fused(q, k, v, mask=None, causal=True, dropout=0.0)
-        return fused(
-            q, keys[:, : step.end], values[:, : step.end], mask=step.mask, causal=False, dropout=0.0
-        )  # (B, T, N, H)
+            return fused(q, k, v, mask=None, causal=True, dropout=0.0, window=self._window)
+        seen = slice(step.begin, step.end)
+        return fused(q, keys[:, seen], values[:, seen], mask=step.mask, causal=False, dropout=0.0)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only, in this order."""
@@ -85,6 +89,8 @@ class ContiguousCache:
 class _Step:
     """What the positions (B, T) of one pass mean for every layer."""
 
+    begin: int
+    """The smallest position that a query sees."""
     end: int
     """One more than the largest position."""
     from_start: bool
@@ -95,14 +101,18 @@ class _Step:
     """(B, 1, T, S); None where every query sees all S keys."""
 
     @classmethod
-    def of(cls, positions: Tensor) -> _Step:
+    def of(cls, positions: Tensor, window: int | None) -> _Step:
         B, T = positions.shape
         device = positions.device
         rows = torch.arange(B, device=device)[:, None]  # (B, 1)
         first, last = (int(edge) for edge in positions.aminmax())
         if first == 0 and bool((positions == torch.arange(T, device=device)).all()):
-            return cls(T, True, rows, None)
+            return cls(0, T, True, rows, None)
+        begin = 0 if window is None else max(0, first - window + 1)
         if first == last:  # one token for every row, all rows equally long
-            return cls(last + 1, False, rows, None)
-        seen = torch.arange(last + 1, device=device) <= positions[:, :, None]  # (B, T, S)
-        return cls(last + 1, False, rows, seen[:, None])  # (B, 1, T, S)
+            return cls(begin, last + 1, False, rows, None)
+        keys, own = torch.arange(begin, last + 1, device=device), positions[:, :, None]
+        seen = keys <= own  # (B, T, S)
+        if window is not None and window <= last:
+            seen &= keys > own - window
+        return cls(begin, last + 1, False, rows, seen[:, None])  # (B, 1, T, S)

@@ -44,7 +44,10 @@ class _Batch:
         # The length that a sequence may reach, so that one base serves all of it, as in one whole pass.
         lengths = torch.tensor([row.longest for row in self.rows], device=self._device) if by_length else None
         self._cache = ContiguousCache(
-            len(model.model.layers), max((row.longest for row in self.rows), default=0), lengths
+            len(model.model.layers),
+            max((row.longest for row in self.rows), default=0),
+            lengths,
+            model.config.sliding_window,
         )
         self._sampler = Sampler(
             [row.params for row in self.rows],

@@ -1,4 +1,7 @@
-"""config.json ⇄ ModelConfig, in both spellings of the rotary embedding.
+"""config.json ⇄ ModelConfig, for Llama and Mistral, in both spellings of the rotary embedding.
+
+A Mistral is a Llama with a sliding window: with one a config is written as MistralForCausalLM, without one as
+LlamaForCausalLM, whichever it was read from.
 
 Old: `rope_theta` beside `rope_scaling` (whose type is called `rope_type`, and before that `type`).
 New: both inside `rope_parameters`. Both are written, so that old and new versions of transformers read the
@@ -7,6 +10,7 @@ same model; defaults of what a file leaves out are those of transformers.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +22,14 @@ from puna.model.config import ModelConfig
 from puna.model.rope import SCALINGS
 from puna.settings import parse
 
-ARCHITECTURES = ("LlamaForCausalLM",)
+LLAMA, MISTRAL, YI = "LlamaForCausalLM", "MistralForCausalLM", "YiForCausalLM"
+ARCHITECTURES = {  # each with the one that computes the same
+    LLAMA: LLAMA,
+    "LLaMAForCausalLM": LLAMA,  # the spelling of the earliest conversions
+    YI: LLAMA,
+    MISTRAL: MISTRAL,
+}
+MODEL_TYPES = {"llama": LLAMA, "Yi": LLAMA, "mistral": MISTRAL}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -34,6 +45,9 @@ _OPTIONAL = {  # with the values that transformers takes for them
     "residual_dropout": 0.0,  # our own: transformers' Llama has none
     "initializer_range": 0.02,
 }
+_OF_MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096}
+"""Values that transformers takes for what a Mistral's file leaves out; null means none of them."""
+_BIASES = ("attention_bias", "mlp_bias")  # unknown to transformers' Mistral
 _ROPE_THETA = 10_000.0
 _ACTIVATIONS = ("silu", "swish")  # two names of one function
 
@@ -44,12 +58,16 @@ def read_config(values: dict[str, Any], origin: str) -> ModelConfig:
     Raises:
         ModelError: another architecture, something this model does not have, or impossible values.
     """
-    _check_architecture(values, origin)
+    mistral = _architecture(values, origin) == MISTRAL
+    _check_computation(values, origin)
     for name in _REQUIRED:
         if values.get(name) is None:
             raise ModelError(f"{origin}: {name} is missing, which every Llama's config.json has")
+    if mistral:
+        values = _completed(values, origin)
     found = {name: values[name] for name in _REQUIRED}
     found |= {name: _given(values, name, default) for name, default in _OPTIONAL.items()}
+    found["sliding_window"] = values["sliding_window"] if mistral else None  # transformers' Llama has none
     found["rope_theta"], found["rope_scaling"] = _read_rope(values, found["max_position_embeddings"], origin)
     try:
         return parse(ModelConfig, found, origin)
@@ -57,20 +75,24 @@ def read_config(values: dict[str, Any], origin: str) -> ModelConfig:
         raise ModelError(str(error)) from None
 
 
+def is_yi(values: dict[str, Any]) -> bool:
+    """Whether the file calls the model a Yi: it computes as a Llama, and its norms may have other names."""
+    return values.get("architectures") == [YI] or values.get("model_type") == "Yi"
+
+
 def write_config(
     config: ModelConfig, dtype: torch.dtype, bos_id: int | None, end_ids: Sequence[int]
 ) -> dict[str, Any]:
-    """The content of config.json for a model whose tensors are stored as `dtype`."""
+    """The content of config.json for a model whose tensors are stored as `dtype`.
+
+    Raises:
+        ModelError: it has both a sliding window and biases, for which transformers has no model.
+    """
     scaling = config.rope_scaling.model_dump(exclude_none=True)
     name = DTYPE_NAMES[dtype]
-    shape = {key: getattr(config, key) for key in (*_REQUIRED, *_OPTIONAL)}
-    if not config.residual_dropout:
-        del shape["residual_dropout"]
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        **_shape(config),
         "hidden_act": "silu",
-        **shape,
         "rope_theta": config.rope_theta,
         "rope_scaling": None if scaling["rope_type"] == "default" else scaling,
         "rope_parameters": {"rope_theta": config.rope_theta, **scaling},
@@ -79,6 +101,22 @@ def write_config(
         "dtype": name,
         "torch_dtype": name,  # the same before transformers 4.56
     }
+
+
+def _shape(config: ModelConfig) -> dict[str, Any]:
+    shape = {key: getattr(config, key) for key in (*_REQUIRED, *_OPTIONAL)}
+    if not config.residual_dropout:
+        del shape["residual_dropout"]
+    if config.sliding_window is None:
+        return {"architectures": [LLAMA], "model_type": "llama", **shape}
+    given = [name for name in _BIASES if shape.pop(name)]
+    if given:
+        raise ModelError(
+            f"config.json cannot express sliding_window {config.sliding_window} together with "
+            f"{' and '.join(given)}: {MISTRAL} has no biases; leave one of them out"
+        )
+    window = {"sliding_window": config.sliding_window}
+    return {"architectures": [MISTRAL], "model_type": "mistral", **shape, **window}
 
 
 def token_ids(bos_id: int | None, end_ids: Sequence[int]) -> dict[str, Any]:
@@ -108,15 +146,40 @@ def _given(values: dict[str, Any], name: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def _check_architecture(values: dict[str, Any], origin: str) -> None:
-    names = values.get("architectures") or (
-        ["LlamaForCausalLM"] if values.get("model_type") == "llama" else [values.get("model_type")]
-    )
-    name = str(names[0] if isinstance(names, list) else names)
+def _architecture(values: dict[str, Any], origin: str) -> str:
+    """LLAMA or MISTRAL, by the name of the class or, where there is none, by that of the family."""
+    kind, names = values.get("model_type"), values.get("architectures")
+    by_kind = MODEL_TYPES.get(kind) if isinstance(kind, str) else None
+    if not names and by_kind is not None:
+        return by_kind
+    name = str(names[0] if isinstance(names, list) and names else names or kind)[:80]
     if name not in ARCHITECTURES:
+        near = difflib.get_close_matches(name, (LLAMA, MISTRAL), n=1, cutoff=0.0)[0]
         raise ModelError(
-            f"{origin}: the architecture {name!r} is not supported; the nearest that is: {ARCHITECTURES[0]!r}"
+            f"{origin}: the architecture {name!r} is not supported; the nearest that is: {near!r}"
         )
+    if by_kind not in (None, ARCHITECTURES[name]):
+        raise ModelError(
+            f"{origin}: architectures says {name}, but model_type {kind!r}; transformers believes the "
+            "latter, others the former: correct the wrong one"
+        )
+    return ARCHITECTURES[name]
+
+
+def _completed(values: dict[str, Any], origin: str) -> dict[str, Any]:
+    """What a Mistral's file says, with what it leaves out, and without what transformers' Mistral ignores."""
+    values = {**_OF_MISTRAL, **values, **dict.fromkeys(_BIASES)}
+    kinds = values.get("layer_types")
+    mixed = isinstance(kinds, list) and any(kind != "sliding_attention" for kind in kinds)
+    if mixed and values["sliding_window"] is not None:
+        raise ModelError(
+            f"{origin}: layer_types gives its layers different kinds of attention; supported is a "
+            "sliding_window in all of them or in none"
+        )
+    return values
+
+
+def _check_computation(values: dict[str, Any], origin: str) -> None:
     activation = _given(values, "hidden_act", "silu")
     if activation not in _ACTIVATIONS:
         raise ModelError(f"{origin}: hidden_act is {activation!r}; a Llama's gate takes 'silu'")
@@ -131,6 +194,11 @@ def _read_rope(values: dict[str, Any], context: Any, origin: str) -> tuple[Any, 
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ModelError(f"{origin}: rope_scaling must be an object, got {rope!r}")
+    nested = [name for name, value in rope.items() if isinstance(value, dict)]
+    if nested:
+        raise ModelError(
+            f"{origin}: rope_parameters differ by kind of layer ({nested[0]!r}); expected one set"
+        )
     share = _given(rope, "partial_rotary_factor", _given(values, "partial_rotary_factor", 1.0))
     if share != 1:
         raise ModelError(f"{origin}: partial_rotary_factor is {share!r}; a Llama turns whole heads (1.0)")

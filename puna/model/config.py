@@ -15,7 +15,8 @@ class ModelConfig(Settings):
     """Everything that determines the computation; weights apart.
 
     `num_key_value_heads` and `head_dim` may be left out (or None) and are always integers afterwards: as many
-    as query heads, and hidden_size / num_attention_heads.
+    as query heads, and hidden_size / num_attention_heads. With a `sliding_window` (arXiv 2310.06825) a token
+    at position t attends to the positions above t - sliding_window, up to its own.
 
     Raises:
         SettingsError: in one line, every fault found.

@@ -52,8 +52,9 @@ def flops_per_token(config: ModelConfig, length: int, training: bool) -> float:
 
     A token passes each of the M weights of the matrices once, a multiplication and an addition: 2·M. The
     output projection counts also where it is tied; the embedding is a look-up, and biases, norms, activations
-    and rotations are left out. A causal query sees (length + 1)/2 keys on average; its scores and its sum of
-    values take 2·N·H each per key and layer. The backward pass costs twice the forward pass:
+    and rotations are left out. A query's scores and its sum of values take 2·N·H each per layer and key seen;
+    it sees (length + 1)/2 keys on average, or fewer in a sliding window. The backward pass costs twice the
+    forward pass; so, without a window:
 
         forward  = 2·M + 2·layers·N·H·(length + 1)
         training = 3·forward = 6·M + 6·layers·N·H·(length + 1)
@@ -64,5 +65,11 @@ def flops_per_token(config: ModelConfig, length: int, training: bool) -> float:
     D, H, N, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
     layer = 2 * D * H * (N + K) + 3 * D * config.intermediate_size
     matrices = config.num_hidden_layers * layer + config.vocab_size * D
-    attention = 2 * config.num_hidden_layers * N * H * (length + 1)
+    attention = 4 * config.num_hidden_layers * N * H * _keys_seen(length, config.sliding_window) / length
     return float((3 if training else 1) * (2 * matrices + attention))
+
+
+def _keys_seen(length: int, window: int | None) -> int:
+    """Summed over the queries of a sequence: 1, 2, 3, … up to the window, and no more after that."""
+    rising = length if window is None else min(length, window)
+    return rising * (rising + 1) // 2 + (length - rising) * rising

@@ -63,6 +63,7 @@ class Attention(nn.Module):
         D, H, bias = config.hidden_size, config.head_dim, config.attention_bias
         N, K = config.num_attention_heads, config.num_key_value_heads
         self.kernel, self.head_dim, self.dropout = kernel, H, config.attention_dropout
+        self.window = config.sliding_window
         self.q_proj = nn.Linear(D, N * H, bias=bias)
         self.k_proj = nn.Linear(D, K * H, bias=bias)
         self.v_proj = nn.Linear(D, K * H, bias=bias)
@@ -81,7 +82,7 @@ class Attention(nn.Module):
             out = attend(q, k, v)
         else:
             dropout = self.dropout if self.training else 0.0
-            out = self.kernel(q, k, v, mask=mask, causal=mask is None, dropout=dropout)
+            out = self.kernel(q, k, v, mask=mask, causal=mask is None, dropout=dropout, window=self.window)
         return self.o_proj(out.flatten(2))  # (B, T, D)
 
 
@@ -115,6 +116,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, kernel: Kernel) -> None:
         super().__init__()
+        self.window = config.sliding_window
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, kernel) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -137,7 +139,9 @@ class Decoder(nn.Module):
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
         x = self.embed_tokens(ids)  # (B, T, D)
-        mask = None if documents is None else document_mask(documents, _product_dtype(x))  # (B, 1, T, T)
+        mask = (
+            None if documents is None else document_mask(documents, _product_dtype(x), self.window)
+        )  # (B, 1, T, T)
         # Angles stay in float32 in a half-precision model: from 512 on bfloat16 has only every fourth number.
         wide = torch.promote_types(x.dtype, torch.float32)
         cos, sin = self.rope(positions, wide, self._lengths(positions, documents, cache))  # (B, T, H)
@@ -198,7 +202,7 @@ class Llama(nn.Module):
 
         Args:
             ids: (B, T), int64.
-            positions: (B, T), int64; None counts 0..T-1 in every row.
+            positions: (B, T), int64, rising by one within a sequence; None counts 0..T-1 in every row.
             documents: (B, T), integers; attention stays among equal ids of a row. None: one sequence.
             cache: holds earlier keys and values; needs positions.
 

@@ -17,7 +17,10 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 def cache_of(model: Llama, lengths: list[int]) -> ContiguousCache:
     by_length = model.model.rope.scaling.by_length
     return ContiguousCache(
-        model.config.num_hidden_layers, max(lengths), torch.tensor(lengths) if by_length else None
+        model.config.num_hidden_layers,
+        max(lengths),
+        torch.tensor(lengths) if by_length else None,
+        model.config.sliding_window,
     )
 
 
@@ -51,14 +54,15 @@ def test_token_by_token_equals_the_whole(name: str, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("chunks", [[LENGTH], [1] * LENGTH, [1, 7, 3, 20, 9], [39, 1]])
-def test_any_chunks_equal_the_whole(chunks: list[int]) -> None:
-    model = model_of(CONFIGS["all at once"], torch.float64)
+@pytest.mark.parametrize("name", ["all at once", "sliding window"])
+def test_any_chunks_equal_the_whole(name: str, chunks: list[int]) -> None:
+    model = model_of(CONFIGS[name], torch.float64)
     ids = ids_of(model.config, 3, LENGTH)
     assert gap(in_chunks(model, ids, cache_of(model, [LENGTH] * 3), chunks), model(ids)) < 1e-10
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["grouped", "dynamic", "all at once"])
+@pytest.mark.parametrize("name", ["grouped", "sliding window", "dynamic", "all at once"])
 def test_rows_of_different_length_are_each_as_if_alone(name: str) -> None:
     model = model_of(CONFIGS[name], torch.float64)
     ids = ids_of(CONFIGS[name], 3, LENGTH)
@@ -97,6 +101,28 @@ def test_rows_may_leave_and_change_places() -> None:
     # The other row's base was fixed for all of LENGTH at its start.
     fixed = in_chunks(model, ids[:1], cache_of(model, [LENGTH]), [30])
     assert gap(logits[1], fixed[0, 11:]) < 1e-10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [1, 2, 9, LENGTH - 1, LENGTH, 2 * LENGTH])
+def test_any_window_equals_the_whole(window: int) -> None:
+    config = CONFIGS["sliding window"].model_copy(update={"sliding_window": window})
+    model = model_of(config, torch.float64)
+    ids = ids_of(config, 2, LENGTH)
+    logits = in_chunks(model, ids, cache_of(model, [LENGTH] * 2), [11, 1, 1, 7, *[1] * (LENGTH - 20)])
+    assert gap(logits, model(ids)) < 1e-10
+
+
+@torch.no_grad()
+def test_a_window_not_yet_full_changes_no_bit() -> None:
+    plain = model_of(CONFIGS["grouped"])
+    windowed = model_of(plain.config.model_copy(update={"sliding_window": LENGTH}))
+    ids = ids_of(plain.config, 2, LENGTH)
+    found = [
+        in_chunks(model, ids, cache_of(model, [LENGTH] * 2), [5, 20, *[1] * (LENGTH - 25)])
+        for model in (plain, windowed)
+    ]
+    assert torch.equal(*found)
 
 
 @torch.no_grad()

@@ -34,7 +34,9 @@ def greedy_by_whole_passes(model: Llama, prompt: list[int], steps: int) -> list[
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("name", ["multi-head", "grouped", "tied", "attention bias", "llama3", "all at once"])
+@pytest.mark.parametrize(
+    "name", ["multi-head", "grouped", "tied", "attention bias", "sliding window", "llama3", "all at once"]
+)
 def test_greedy_equals_transformers(name: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = CONFIGS[name].model_copy(update={"max_position_embeddings": 64})

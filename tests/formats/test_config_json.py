@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import time
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from puna.errors import ModelError
 from puna.formats.config_json import read_bos_id, read_config, read_end_ids, write_config
 from puna.model.config import ModelConfig
+from tests.formats.damage import bent
 from tests.model.shapes import CONFIGS
 
 NEEDED = {
@@ -87,22 +90,24 @@ def test_what_a_scaling_leaves_out_is_what_transformers_takes() -> None:
     assert scaling_of(rope_scaling=None) == {"rope_type": "default"}
 
 
-def test_defaults_are_those_of_transformers() -> None:
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_defaults_are_those_of_transformers(family: str) -> None:
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.LlamaConfig(**{key: value for key, value in NEEDED.items() if key != "model_type"})
-    ours = read_config(NEEDED, "x")
+    needed = {**NEEDED, "num_attention_heads": 8, "model_type": family}  # Mistral's key/value heads are 8
+    theirs = transformers.AutoConfig.for_model(**needed)
+    ours = read_config(needed, "x")
     for name in (
         "num_key_value_heads",
         "head_dim",
         "max_position_embeddings",
         "rms_norm_eps",
         "tie_word_embeddings",
-        "attention_bias",
-        "mlp_bias",
         "attention_dropout",
         "initializer_range",
     ):
         assert getattr(ours, name) == getattr(theirs, name), name
+    assert not ours.attention_bias and not ours.mlp_bias
+    assert ours.sliding_window == (theirs.sliding_window if family == "mistral" else None)
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
 
 
@@ -110,12 +115,62 @@ def test_defaults_are_those_of_transformers() -> None:
 def test_transformers_reads_what_is_written(name: str) -> None:
     transformers = pytest.importorskip("transformers")
     config = CONFIGS[name]
-    theirs = transformers.LlamaConfig.from_dict(written(config))
+    family = "llama" if config.sliding_window is None else "mistral"
+    theirs = transformers.CONFIG_MAPPING[family].from_dict(written(config))
     expected = {"rope_theta": config.rope_theta, **config.rope_scaling.model_dump(exclude_none=True)}
     assert theirs.rope_parameters == expected
     assert theirs.head_dim == config.head_dim
+    assert theirs.num_key_value_heads == config.num_key_value_heads
+    assert family == "llama" or theirs.sliding_window == config.sliding_window
     assert theirs.dtype == torch.float32
     assert read_config(json.loads(theirs.to_json_string()), "x") == config
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "LLaMAForCausalLM", "YiForCausalLM", None])
+@pytest.mark.parametrize("family", ["llama", "Yi", None])
+def test_every_name_of_a_llama_is_known(name: str | None, family: str | None) -> None:
+    if name is None and family is None:
+        pytest.skip("then nothing says that it is one")
+    needed = {key: value for key, value in NEEDED.items() if key != "model_type"}
+    names = {} if name is None else {"architectures": [name]}
+    kind = {} if family is None else {"model_type": family}
+    code = {"auto_map": {"AutoModelForCausalLM": "modeling_yi.YiForCausalLM"}}
+    assert read_config({**needed, **names, **kind, **code}, "x") == read_config(NEEDED, "x")
+
+
+@pytest.mark.parametrize("names", [{"architectures": ["MistralForCausalLM"]}, {"model_type": "mistral"}])
+@pytest.mark.parametrize(
+    ("given", "window"),
+    [({}, 4096), ({"sliding_window": None}, None), ({"sliding_window": 512}, 512)],
+)
+def test_a_mistral_has_the_window_it_says(
+    names: dict[str, Any], given: dict[str, Any], window: int | None
+) -> None:
+    needed = {key: value for key, value in NEEDED.items() if key != "model_type"}
+    config = read_config({**needed, **names, **given, "num_key_value_heads": 2}, "x")
+    assert config.sliding_window == window
+    assert written(config)["architectures"] == [
+        "LlamaForCausalLM" if window is None else "MistralForCausalLM"
+    ]
+    assert ("sliding_window" in written(config)) == (window is not None)
+
+
+def test_what_transformers_does_not_see_in_a_family_is_not_seen() -> None:
+    assert read_config({**NEEDED, "sliding_window": 8}, "x") == read_config(NEEDED, "x")
+    mistral = {**NEEDED, "model_type": "mistral", "num_key_value_heads": None}
+    assert read_config({**mistral, "attention_bias": True, "mlp_bias": True}, "x") == read_config(
+        mistral, "x"
+    )
+    assert read_config(mistral, "x").num_key_value_heads == 4
+    alike = {"layer_types": ["sliding_attention"] * 2}
+    assert read_config({**mistral, **alike}, "x") == read_config(mistral, "x")
+
+
+@pytest.mark.parametrize("biases", [["attention_bias"], ["mlp_bias"], ["attention_bias", "mlp_bias"]])
+def test_a_window_with_biases_has_no_name(biases: list[str]) -> None:
+    config = CONFIGS["sliding window"].model_copy(update=dict.fromkeys(biases, True))
+    with pytest.raises(ModelError, match=f"sliding_window 6 together with {' and '.join(biases)}: Mistral"):
+        write_config(config, torch.float32, 1, [2])
 
 
 @pytest.mark.parametrize(
@@ -129,11 +184,21 @@ def test_end_tokens_may_be_one_a_list_or_none(value: object, expected: tuple[int
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"architectures": ["MistralForCausalLM"]},
-            "'MistralForCausalLM' is not supported.*'LlamaForCausalLM'",
-        ),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"architectures": ["MixtralForCausalLM"]}, "'MixtralForCausalLM' is not supported.*'Mistral"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "ForSequenceCl.*nearest.*'LlamaForCausalLM'"),
+        ({"architectures": ["Llama4ForConditionalGeneration"]}, "Llama4.*nearest.*'LlamaForCausalLM'"),
+        ({"architectures": ["MllamaForConditionalGeneration"]}, "Mllama.*nearest.*'LlamaForCausalLM'"),
+        ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2.*nearest.*'LlamaForCausalLM'"),
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2.*nearest"),
+        ({"architectures": ["x" * 10**6]}, "xxx' is not supported"),
+        ({"architectures": ["MistralForCausalLM"]}, "says MistralForCausalLM, but model_type 'llama'"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window.*greater than 0, got 0"),
+        ({"model_type": "mistral", "sliding_window": "4096"}, "sliding_window.*got '4096'"),
+        ({"model_type": "mistral", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"rope_theta": "10000"}, "rope_theta.*got '10000'"),
+        ({"rope_scaling": {"type": "linear", "factor": "8"}}, "factor.*got '8'"),
+        ({"max_position_embeddings": "4096"}, "max_position_embeddings.*got '4096'"),
+        ({"rope_parameters": {"full\nattention": {"rope_theta": 1e4}}}, "differ by kind of layer"),
         ({"architectures": [], "model_type": "gpt2"}, "'gpt2' is not supported"),
         ({"architectures": 3}, "'3' is not supported"),
         ({"hidden_act": "gelu"}, "gate takes 'silu'"),
@@ -159,3 +224,47 @@ def test_what_cannot_be_opened_is_said_in_one_line(change: dict[str, Any], messa
         read_config({**NEEDED, **change}, "some/config.json")
     assert str(caught.value).startswith("some/config.json: ")
     assert "\n" not in str(caught.value)
+
+
+MANY_FIELDS = {
+    **NEEDED,
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "sliding_attention"],
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 1e4,
+    "rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.5},
+    "eos_token_id": [2, 3],
+}
+
+
+def bend_and_read(rounds: int) -> int:
+    """How many of so many bent files were configs all the same; the others were refused in one line."""
+    read = 0
+    for seed in range(rounds):
+        draw = random.Random(seed)
+        values = bent(draw, bent(draw, MANY_FIELDS))
+        began = time.monotonic()
+        try:
+            if isinstance(values, dict):
+                read_end_ids(values)
+                read_config(values, "x")
+                read += 1
+        except ModelError as error:
+            assert "\n" not in str(error), seed
+            assert len(str(error)) < 5000, seed
+        assert time.monotonic() - began < 1, seed
+    return read
+
+
+def test_bent_files_are_refused_or_configs() -> None:
+    assert 20 < bend_and_read(300) < 280
+
+
+@pytest.mark.slow
+def test_many_bent_files_are_refused_or_configs() -> None:
+    assert bend_and_read(20_000) > 1000

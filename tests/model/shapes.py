@@ -34,6 +34,7 @@ _OPTIONS = {
     "explicit head width": {"head_dim": 16, "num_key_value_heads": 2},
     "attention bias": {"attention_bias": True},
     "mlp bias": {"mlp_bias": True},
+    "sliding window": {"sliding_window": 6, "num_key_value_heads": 2},
     "theta": {"rope_theta": 500_000.0, "rms_norm_eps": 1e-6},
     "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from puna.model import attention
 from puna.model.attention import KERNELS, document_mask, fused, reference
 
 B, T, H = 2, 37, 16
@@ -38,6 +39,44 @@ def test_fused_equals_the_formula(kv_heads, mask, dtype, within):
         assert (ours - expected).abs().max() <= within * expected.abs().max()
 
 
+@pytest.mark.parametrize("block", [1, 4, 512])
+@pytest.mark.parametrize("window", [1, 2, 5, 8, T - 1, T, T + 1])
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_a_window_equals_the_mask_that_says_it(monkeypatch, window, block, dtype, within):
+    monkeypatch.setattr(attention, "BLOCK", block)
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    mask = (distance >= 0) & (distance < window)
+    asked = [
+        (reference, {"mask": mask, "causal": False}),
+        *((kernel, {"mask": None, "causal": True, "window": window}) for kernel in (reference, fused)),
+    ]
+    outputs = []
+    for kernel, how in asked:
+        q, k, v = inputs(6, 2, dtype)
+        out = kernel(q, k, v, dropout=0.0, **how)
+        (out * torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)).sum().backward()
+        outputs.append([out.detach(), q.grad, k.grad, v.grad])
+    for found in outputs[1:]:
+        for ours, expected in zip(found, outputs[0], strict=True):  # one key gets all: no gradient of q
+            assert (ours - expected).abs().max() <= within * max(expected.abs().max(), 1)
+
+
+def test_nothing_of_size_t_by_t_is_held_where_the_window_is_short(monkeypatch):
+    sizes = []
+
+    def spy(q, k, v, **rest):
+        sizes.append(q.shape[2] * k.shape[2])
+        return actual(q, k, v, **rest)
+
+    actual = attention.F.scaled_dot_product_attention
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    q, k, v = inputs(6, 2)
+    fused(q, k, v, mask=None, causal=True, dropout=0.0, window=3)
+    assert max(sizes) == 4 * 6
+    assert len(sizes) == 10
+
+
 def test_more_keys_than_queries():
     q, k, v = inputs(6, 2, keys=50)
     mask = torch.rand(B, 1, T, 50, generator=torch.Generator().manual_seed(1)) < 0.5
@@ -67,6 +106,17 @@ def test_document_mask_is_causal_and_stays_within():
     ]
 
 
+def test_document_mask_keeps_a_window_in_each_document():
+    visible = document_mask(torch.tensor([[3, 3, 3, 8, 8]]), torch.float32, window=2)
+    assert (visible[0, 0] == 0).tolist() == [
+        [True, False, False, False, False],
+        [True, True, False, False, False],
+        [False, True, True, False, False],
+        [False, False, False, True, False],
+        [False, False, False, True, True],
+    ]
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_dropout_drops_and_keeps_the_mean(kernel):
     torch.manual_seed(0)
@@ -91,6 +141,22 @@ def test_fused_gives_the_same_bits_twice(packed):
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [1, 5, 24])
+@pytest.mark.parametrize("kv_heads", [6, 2])
+def test_a_window_equals_the_formula_on_cuda(monkeypatch, kv_heads, window):
+    monkeypatch.setattr(attention, "BLOCK", 7)
+    outputs = []
+    for kernel in (fused, reference):
+        q, k, v = (x.detach().cuda().requires_grad_() for x in inputs(6, kv_heads, torch.float32))
+        out = kernel(q, k, v, mask=None, causal=True, dropout=0.0, window=window)
+        out.square().sum().backward()
+        outputs.append([out.detach(), q.grad, k.grad, v.grad])
+    for ours, expected in zip(*outputs, strict=True):
+        assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 @pytest.mark.cuda

@@ -46,6 +46,7 @@ FAULTS = {
         "head_dim must be even, since rotary embedding turns pairs of dimensions, got 7; "
         "change num_attention_heads or set head_dim",
     ),
+    "no window": ({"sliding_window": 0}, "'sliding_window': input should be greater than 0, got 0"),
     "derived odd head width": ({"hidden_size": 40}, "head_dim must be even"),
     "key/value heads": (
         {"num_key_value_heads": 3},

@@ -21,8 +21,9 @@ QUIET = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserW
 class PlainCache:
     """The least a cache can be: every key and value so far, and the formula over them."""
 
-    def __init__(self, rope_lengths: Tensor | None = None) -> None:
+    def __init__(self, rope_lengths: Tensor | None = None, window: int | None = None) -> None:
         self.rope_lengths = rope_lengths
+        self.window = window
         self._held: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
@@ -31,7 +32,8 @@ class PlainCache:
             new = tuple(torch.cat(pair, dim=1) for pair in zip(self._held[layer], new, strict=True))
         self._held[layer] = new
         k, v, held = new
-        mask = held[:, None, None, :] <= positions[:, None, :, None]  # (B, 1, T, S)
+        distance = positions[:, None, :, None] - held[:, None, None, :]  # (B, 1, T, S)
+        mask = (distance >= 0) & (distance < (self.window or torch.inf))
         return KERNELS["reference"](q, k, v, mask=mask, causal=False, dropout=0.0)
 
 
@@ -84,13 +86,40 @@ def test_without_documents_no_mask_is_built(monkeypatch):
     config = CONFIGS["grouped"]
     asked = []
 
-    def spy(q, k, v, *, mask, causal, dropout):
-        asked.append((mask, causal))
-        return KERNELS["fused"](q, k, v, mask=mask, causal=causal, dropout=dropout)
+    def spy(q, k, v, *, mask, causal, dropout, window):
+        asked.append((mask, causal, window))
+        return KERNELS["fused"](q, k, v, mask=mask, causal=causal, dropout=dropout, window=window)
 
     monkeypatch.setitem(llama_module.KERNELS, "spy", spy)
     Llama(config, "spy")(ids_of(config, 1, 8))
-    assert asked == [(None, True)] * config.num_hidden_layers
+    assert asked == [(None, True, None)] * config.num_hidden_layers
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_window_as_long_as_the_row_changes_no_bit(packed, kernel):
+    config = CONFIGS["grouped"]
+    plain = model_of(config, kernel=kernel)
+    windowed = model_of(config.model_copy(update={"sliding_window": 40}), kernel=kernel)
+    ids, targets = ids_of(config, 1, 40), ids_of(config, 1, 40, seed=1)
+    documents, positions = packed_row() if packed else (None, None)
+    logits = [model(ids, positions, documents) for model in (plain, windowed)]
+    for found in logits:
+        summed_loss(found, targets).backward()
+
+    assert torch.equal(*logits)
+    expected = gradients(plain)
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients(windowed).items())
+
+
+def test_what_left_the_window_of_every_layer_is_forgotten():
+    """A layer reaches back window - 1 positions, so two layers of window 6 reach back 10."""
+    config = CONFIGS["sliding window"]
+    model, ids = model_of(config, torch.float64), ids_of(config, 1, 30)
+    other = ids.clone()
+    other[0, 4] = (ids[0, 4] + 1) % config.vocab_size
+    changed = (model(ids) != model(other)).any(dim=-1)[0]
+    assert changed.tolist() == [4 <= position <= 14 for position in range(30)]
 
 
 @pytest.mark.parametrize("name", ["multi-head", "dynamic", "all at once"])
@@ -111,7 +140,7 @@ def test_cached_decoding_equals_the_full_forward(name):
     start = torch.tensor([[0], [3], [500]])  # rows are at different places
     positions = start + torch.arange(40)
     lengths = positions[:, -1] + 1 if name == "dynamic" else None
-    cache = PlainCache(lengths)
+    cache = PlainCache(lengths, config.sliding_window)
     pieces = [
         model(ids[:, a:b], positions[:, a:b], cache=cache) for a, b in ((0, 25), (25, 26), (26, 33), (33, 40))
     ]
@@ -197,7 +226,7 @@ def test_autocast_stays_near_float32_with_float32_parameters(packed):
 def test_the_mask_has_the_type_of_the_queries_so_that_layers_share_it(monkeypatch, autocast):
     config, seen = CONFIGS["grouped"], []
 
-    def spy(q, k, v, *, mask, causal, dropout):
+    def spy(q, k, v, *, mask, causal, dropout, window):
         seen.append((mask.dtype == q.dtype, mask.data_ptr()))
         return KERNELS["fused"](q, k, v, mask=mask, causal=causal, dropout=dropout)
 
@@ -218,13 +247,19 @@ def test_bfloat16_turns_by_float32_angles():
 
 
 @QUIET
+@pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("packed", [False, True])
-def test_blocks_compile_into_one_graph_for_all_layers(packed):
+def test_blocks_compile_into_one_graph_for_all_layers(packed, window):
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
     config = CONFIGS["all at once"].model_copy(
-        update={"num_hidden_layers": 4, "residual_dropout": 0.1, "attention_dropout": 0.1}
+        update={
+            "num_hidden_layers": 4,
+            "residual_dropout": 0.1,
+            "attention_dropout": 0.1,
+            "sliding_window": window,
+        }
     )
     model, counter = model_of(config).train(), CompileCounter()
     ids = ids_of(config, 1, 40)
@@ -238,9 +273,10 @@ def test_blocks_compile_into_one_graph_for_all_layers(packed):
 
 
 @QUIET
-def test_compiled_blocks_give_the_same_numbers_and_names():
+@pytest.mark.parametrize("name", ["all at once", "sliding window"])
+def test_compiled_blocks_give_the_same_numbers_and_names(name):
     torch._dynamo.reset()
-    config = CONFIGS["all at once"]
+    config = CONFIGS[name]
     eager, compiled = model_of(config), model_of(config)
     for block in compiled.model.layers:
         block.compile(backend="aot_eager", fullgraph=True)

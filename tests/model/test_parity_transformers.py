@@ -15,15 +15,17 @@ transformers = pytest.importorskip("transformers")
 LENGTH = 72  # four and a half times the context
 
 
-def theirs_of(config: ModelConfig, weights) -> torch.nn.Module:
-    """A transformers model of the same config and weights."""
+def theirs_of(config: ModelConfig, weights, attention: str = "eager") -> torch.nn.Module:
+    """A transformers model of the same config and weights; a sliding window makes it a Mistral."""
     values = config.model_dump(exclude={"residual_dropout", "rope_scaling"}, exclude_none=True)
     scaling = config.rope_scaling.model_dump(exclude_none=True)
     # The older spelling, which every version reads.
     values["rope_scaling"] = None if isinstance(config.rope_scaling, NoScaling) else scaling
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**values, attn_implementation="eager", use_cache=False)
+    family = "llama" if config.sliding_window is None else "mistral"
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(family, **values, use_cache=False), attn_implementation=attention
     )
+    assert type(model).__name__ == f"{family.capitalize()}ForCausalLM"
     missing, unexpected = model.load_state_dict(dict(weights), strict=False)
     assert not unexpected
     assert set(missing) <= ({"lm_head.weight"} if config.tie_word_embeddings else set())
@@ -52,6 +54,27 @@ def test_logits_and_gradients_equal_transformers(name):
     assert parameters.keys() == gradients.keys()
     for parameter, gradient in gradients.items():
         assert gap(parameters[parameter].grad, gradient) < 1e-5, parameter
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("window", [1, 2, 17, LENGTH - 1, LENGTH, LENGTH + 1])
+def test_logits_with_a_window_equal_mistrals(window, attention):
+    config = CONFIGS["sliding window"].model_copy(update={"sliding_window": window})
+    ours = model_of(config)
+    ids = ids_of(config, 2, LENGTH)
+
+    theirs = theirs_of(config, weights_of(ours), attention)
+
+    assert gap(ours(ids), theirs(ids).logits) < 1e-5
+
+
+def test_the_parity_above_would_notice_a_window_that_is_one_off():
+    config = CONFIGS["sliding window"]
+    ids = ids_of(config, 2, LENGTH)
+    wider = model_of(config.model_copy(update={"sliding_window": config.sliding_window + 1}))
+
+    assert gap(wider(ids), model_of(config)(ids)) > 1e-2
 
 
 @pytest.mark.parametrize("name", SCALED)

@@ -21,6 +21,9 @@ PUBLISHED = {
     "llama-2-7b": 6_738_415_616,
     "llama-2-13b": 13_015_864_320,
     "llama-2-70b": 68_976_648_192,
+    "codellama-7b": 6_738_546_688,
+    "codellama-13b": 13_016_028_160,
+    "codellama-34b": 33_743_970_304,
     "llama-3-8b": 8_030_261_248,
     "llama-3-70b": 70_553_706_496,
     "llama-3.1-8b": 8_030_261_248,
@@ -43,6 +46,9 @@ RULE = {
     "llama-2-7b": (1.0, 256),
     "llama-2-13b": (1.0, 256),
     "llama-2-70b": (1.3, 4096),
+    "codellama-7b": (1.0, 256),
+    "codellama-13b": (1.0, 256),
+    "codellama-34b": (1.0, 256),
     "llama-3-8b": (1.3, 1024),
     "llama-3-70b": (1.3, 4096),
     "llama-3.1-8b": (1.3, 1024),
@@ -172,6 +178,19 @@ def test_flops_are_those_that_torch_counts(name, length):
     assert flops_per_token(config, length, training=False) * 3 == flops_per_token(
         config, length, training=True
     )
+
+
+@pytest.mark.parametrize(("window", "length"), [(1, 5), (3, 2), (3, 3), (3, 4), (6, 41)])
+def test_flops_of_a_window_are_those_of_the_keys_seen(window, length):
+    plain = CONFIGS["grouped"]
+    config = plain.model_copy(update={"sliding_window": window})
+    seen = sum(min(window, position + 1) for position in range(length)) / length
+    a_key = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    unseen = a_key * ((length + 1) / 2 - seen)
+    for training, passes in ((False, 1), (True, 3)):
+        difference = flops_per_token(plain, length, training) - flops_per_token(config, length, training)
+        assert difference == pytest.approx(passes * unseen, rel=1e-12, abs=1e-6)
+    assert (unseen > 0) == (length > window)
 
 
 def test_flops_of_the_largest_are_six_per_parameter_and_a_little():

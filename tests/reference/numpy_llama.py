@@ -112,6 +112,8 @@ def forward(config, weights, ids, positions=None, documents=None):
         documents = np.zeros((B, T), dtype=int)
     cos, sin = angles(config, positions, documents)
     visible = (documents[:, :, None] == documents[:, None, :]) & np.tri(T, dtype=bool)  # (B, T, S)
+    if config.get("sliding_window"):
+        visible &= positions[:, :, None] - positions[:, None, :] < config["sliding_window"]
     table = weights["model.embed_tokens.weight"]
     x = table[ids]  # (B, T, D)
     tape = {"ids": ids, "cos": cos, "sin": sin, "layers": []}

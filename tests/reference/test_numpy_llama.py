@@ -41,8 +41,10 @@ def weights_of(rng, tied):
     return {name: rng.normal(size=shape) * 0.5 for name, shape in shapes.items()}
 
 
+@pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("tied", [False, True])
-def test_gradients_by_hand_are_the_slopes_of_the_loss(tied):
+def test_gradients_by_hand_are_the_slopes_of_the_loss(tied, window):
+    config = {**CONFIG, "sliding_window": window}
     rng = np.random.default_rng(0)
     weights = weights_of(rng, tied)
     ids, targets = rng.integers(0, 11, (2, 2, 7))
@@ -50,11 +52,11 @@ def test_gradients_by_hand_are_the_slopes_of_the_loss(tied):
     trained = rng.random((2, 7)) < 0.7
 
     def loss():
-        logits, tape = numpy_llama.forward(CONFIG, weights, ids, documents=documents)
+        logits, tape = numpy_llama.forward(config, weights, ids, documents=documents)
         return (*numpy_llama.cross_entropy(logits, targets, trained), tape)
 
     _, d_logits, tape = loss()
-    gradients = numpy_llama.backward(CONFIG, weights, tape, d_logits)
+    gradients = numpy_llama.backward(config, weights, tape, d_logits)
     assert gradients.keys() == weights.keys()
     for name, array in weights.items():
         direction = rng.normal(size=array.shape)
