@@ -4,6 +4,8 @@ reading.py               load(path): which kind of file it is, and what stands b
 tokenizer.py             Tokenizer, which everybody else holds
 codec.py                 what a kind of file must offer
 sentencepiece_reader.py  Llama 1 and 2, and what `train.py` makes
+sentencepiece_writer.py  its file again, from pieces or from a tokenizer.json
+llama2c_vocabulary.py    llama2.c's tokenizer.bin
 tiktoken_reader.py       Llama 3
 json_reader.py           tokenizer.json of Hugging Face
 stream.py                ids → text as they come, never half a character
@@ -13,7 +15,8 @@ saving.py, export.py     a directory that transformers opens with the same ids
 merges.py, protobuf.py   BPE merges from scores or ranks; SentencePiece's own file format
 train.py                 a new tokenizer, by LLaMA's rules
 inspect.py               what a tokenizer knows, and how well it fits a text
-chat.py, sandbox.py      conversations → ids
+chat.py                  conversations → ids
+sandbox.py, meter.py     templates run within bounds, and what their work costs
 """
 
 from __future__ import annotations

@@ -162,13 +162,14 @@ def _render(
     source = _source(tokenizer, template)
     given = [*_strings([list(messages), dict(variables)])]
     stand_ins = _stand_ins(tokenizer, "".join([source, *given, *tokenizer.specials]))
-    names = {index: name for name, index in tokenizer.specials.items()}
+    names: dict[int | None, str] = {index: name for name, index in tokenizer.specials.items()}
     values = {
         **_guard(dict(variables), tokenizer, stand_ins),
         "messages": [_guard(dict(message), tokenizer, stand_ins) for message in _checked(messages)],
         "add_generation_prompt": add_generation_prompt,
-        "bos_token": "" if tokenizer.bos_id is None else names[tokenizer.bos_id],
-        "eos_token": "" if tokenizer.eos_id is None else names[tokenizer.eos_id],
+        # A file may name an ordinary token, which no text that is looked through for special ones becomes.
+        "bos_token": names.get(tokenizer.bos_id, ""),
+        "eos_token": names.get(tokenizer.eos_id, ""),
     }
     text = sandbox.run(source, values, sum(map(len, given)))
     return text, {ord(stand_in): character for character, stand_in in stand_ins.items()}

@@ -24,6 +24,7 @@ class Vocabulary:
         raw: ids that write one raw byte (byte fallback); a leading space among them is real.
         leading_space: how encoding puts a space before a text, for decoding to take it away again:
             before "each" stretch between special tokens, before the "first", or before "none".
+        strips: whether decoding takes away that "one" space, or "all" tokens of mere space at the start.
         broken: what decoding shows for bytes that are no UTF-8: U+FFFD for "each" byte (SentencePiece)
             or for each longest "prefix" of a character (tiktoken, tokenizers' byte level).
         parse: per special name, the options of `specials.Pattern`.
@@ -38,6 +39,7 @@ class Vocabulary:
     leading_space: Literal["each", "first", "none"]
     broken: Literal["each", "prefix"]
     parse: Mapping[str, ParseOptions] = field(default_factory=dict)
+    strips: Literal["one", "all"] = "one"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from puna.tokenizer import protobuf
 from puna.tokenizer.codec import PLACEHOLDER, Vocabulary
 from puna.tokenizer.merges import merges
 
+ALL_SPACES = 1 << 20  # more than any text begins with
 _INEXPRESSIBLE = "this SentencePiece model cannot be written as tokenizer.json with the same ids: {}"
 
 
@@ -26,7 +27,10 @@ def from_sentencepiece(model: protobuf.Model, vocabulary: Vocabulary) -> dict[st
     unk = None if vocabulary.unk_id is None else model.pieces[vocabulary.unk_id].text
     return _document(
         vocabulary,
-        normalizer=_normalizer(model),
+        normalizer={
+            "type": "Sequence",
+            "normalizers": space_steps(model.add_dummy_prefix, model.remove_extra_whitespaces),
+        },
         pre_tokenizer=None,
         decoder=_decoder(model),
         model={
@@ -109,23 +113,25 @@ def _refuse_inexpressible(model: protobuf.Model, vocabulary: Vocabulary) -> None
             raise TokenizerError(_INEXPRESSIBLE.format(fault))
 
 
-def _normalizer(model: protobuf.Model) -> dict[str, Any]:
+def space_steps(add_prefix: bool, remove_extra: bool) -> list[dict[str, Any]]:
+    """A normalizer's steps that treat spaces as SentencePiece does with these two settings."""
     steps: list[dict[str, Any]] = []
-    if model.remove_extra_whitespaces:
+    if remove_extra:
         steps += [
             # SentencePiece drops its own placeholder at the end of a text, and only there.
             _replace({"Regex": f"\\A +|[ {PLACEHOLDER}]+\\z"}, ""),
             _replace({"Regex": " {2,}"}, " "),
         ]
-    if model.add_dummy_prefix:
+    if add_prefix:
         steps.append({"type": "Prepend", "prepend": PLACEHOLDER})
-    return {"type": "Sequence", "normalizers": [*steps, _replace({"String": " "}, PLACEHOLDER)]}
+    return [*steps, _replace({"String": " "}, PLACEHOLDER)]
 
 
 def _decoder(model: protobuf.Model) -> dict[str, Any]:
     steps = [_replace({"String": PLACEHOLDER}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
     if model.add_dummy_prefix:
-        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+        most = ALL_SPACES if model.remove_extra_whitespaces else 1
+        steps.append({"type": "Strip", "content": " ", "start": most, "stop": 0})
     return {"type": "Sequence", "decoders": steps}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import tokenizers
@@ -16,6 +16,8 @@ from puna.tokenizer.sidecar import parse_json
 
 LeadingSpace = Literal["each", "first", "none"]
 Document = dict[str, Any]
+_STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+_MOST_STEPS, _LONGEST_IN_STEP = 10_000, 10_000  # values of any kind; characters
 # Where no file beside it names the end of a text.
 _USUAL_EOS = ("</s>", "<|end_of_text|>", "<|endoftext|>")
 
@@ -55,13 +57,14 @@ class JsonCodec:
     def encode(self, text: str, first: bool) -> list[int]:
         """Only the first stretch gets the leading space where the file says so."""
         library = self._library if first else self._rest
-        return library.encode(text, add_special_tokens=False).ids
+        return _guarded(lambda: library.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[list[int]]:
         """On the library's own threads, whose number it chooses itself."""
         if threads == 1:
             return [self.encode(text, True) for text in texts]
-        return [row.ids for row in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
+        rows = _guarded(lambda: self._library.encode_batch_fast(list(texts), add_special_tokens=False))
+        return [row.ids for row in rows]
 
     def name(self, index: int) -> str:
         """The token as the file spells it; empty where the vocabulary has a gap."""
@@ -102,7 +105,7 @@ class JsonCodec:
             texts=texts,
             specials=dict(sorted(specials.items(), key=lambda item: item[1])),
             bos_id=self._bos(ids, bos, add_bos),
-            eos_id=ids.get(eos) if isinstance(eos, str) else eos,
+            eos_id=ids.get(eos) if isinstance(eos, str) else self._known(eos),
             unk_id=ids.get(unk) if unk is not None else None,
             raw=frozenset()
             if byte_level
@@ -110,15 +113,21 @@ class JsonCodec:
             leading_space=_leading_space(self._document),
             broken="prefix" if byte_level else "each",
             parse=parse,
+            strips="all" if any(step.get("start", 0) > 1 for step in _strip_steps(self._document)) else "one",
         )
 
     def _bos(self, ids: Mapping[str, int], bos: str | None, add_bos: bool | None) -> int | None:
         """What this tokenizer puts before a text: many name a BOS token that they never use."""
         if add_bos is not None:
             return ids.get(bos) if bos is not None and add_bos else None
-        with_specials = self._library.encode("", add_special_tokens=True).ids
+        with_specials = _guarded(lambda: self._library.encode("", add_special_tokens=True).ids)
         index = with_specials[0] if with_specials else None
-        return index if bos is None or index == ids.get(bos) else None
+        return self._known(index) if bos is None or index == ids.get(bos) else None
+
+    def _known(self, index: int | None) -> int | None:
+        """An id that the vocabulary has; a file may name others."""
+        known = index is not None and 0 <= index < VOCABULARY_LIMIT and self._library.id_to_token(index)
+        return index if known else None
 
 
 def read_document(data: bytes) -> Document:
@@ -147,7 +156,31 @@ def read_document(data: bytes) -> Document:
         raise TokenizerError(
             f"id {wrong!r} in the vocabulary is not a number from 0 to {VOCABULARY_LIMIT - 1}"
         )
+    _refuse_options(model)
+    for role in _STEPS:
+        _refuse_steps(document.get(role), role)
     return document
+
+
+def _refuse_options(model: Document) -> None:
+    """Settings that make ids a matter of chance, or on which the library ends the process."""
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise TokenizerError(f"the vocabulary's setting {name!r}, which no Llama uses, is not supported")
+
+
+def _refuse_steps(value: Any, role: str) -> None:
+    """Steps without end, or that put long texts into every text."""
+    waiting, seen = [value], 0
+    while waiting:
+        item = waiting.pop()
+        seen += 1
+        if seen > _MOST_STEPS or (isinstance(item, str) and len(item) > _LONGEST_IN_STEP):
+            raise TokenizerError(f"not a tokenizer.json: its {role} has too many steps or too long texts")
+        if isinstance(item, dict):
+            waiting += [part for name, part in item.items() if name != "precompiled_charsmap"]
+        elif isinstance(item, list):
+            waiting += item
 
 
 def _with_specials(document: Document, names: Collection[str | int | None]) -> Document:
@@ -160,16 +193,21 @@ def _with_specials(document: Document, names: Collection[str | int | None]) -> D
 
 
 def _open(document: Document) -> tokenizers.Tokenizer:
-    try:
-        library = tokenizers.Tokenizer.from_str(json.dumps(document))
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a panic of the library derives from BaseException
-        raise TokenizerError(f"not a tokenizer.json that can be used: {str(error).splitlines()[0]}") from None
+    library = _guarded(lambda: tokenizers.Tokenizer.from_str(json.dumps(document)))
     library.no_truncation()
     library.no_padding()
     library.encode_special_tokens = True
     return library
+
+
+def _guarded(call: Callable[[], Any]) -> Any:
+    """What the library gives; it may find only now that a file contradicts itself."""
+    try:
+        return call()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic of the library derives from BaseException
+        raise TokenizerError(f"not a tokenizer.json that can be used: {str(error).splitlines()[0]}") from None
 
 
 def _parts(document: Document, role: str) -> Iterator[Document]:
@@ -203,9 +241,7 @@ def _scheme(step: Document) -> str:
 
 def _leading_space(document: Document) -> LeadingSpace:
     """Which spaces encoding adds, as far as the file's decoder takes them away again."""
-    strips = any(
-        step.get("type") == "Strip" and step.get("start", 0) > 0 for step in _parts(document, "decoder")
-    )
+    strips = any(step.get("start", 0) > 0 for step in _strip_steps(document))
     metaspace = [step for step in _parts(document, "decoder") if step.get("type") == "Metaspace"]
     if not strips and not any(_scheme(step) != "never" for step in metaspace):
         return "none"
@@ -213,6 +249,10 @@ def _leading_space(document: Document) -> LeadingSpace:
         return "each"
     schemes = [_scheme(s) for s in _parts(document, "pre_tokenizer") if s.get("type") == "Metaspace"]
     return "each" if "always" in schemes else "first"
+
+
+def _strip_steps(document: Document) -> Iterator[Document]:
+    return (step for step in _parts(document, "decoder") if step.get("type") == "Strip")
 
 
 def _without_first_prefix(document: Document) -> Document | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from puna.errors import TokenizerError
+from puna.tokenizer import llama2c_vocabulary
 from puna.tokenizer.codec import Codec
 from puna.tokenizer.json_reader import JsonCodec, read_document
 from puna.tokenizer.sentencepiece_reader import SentencePieceCodec, plain_symbols
@@ -19,7 +20,7 @@ _END_NAMES = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>")
 
 
 def load(path: str | Path) -> Tokenizer:
-    """The tokenizer in a file, or in a directory with a tokenizer.model or tokenizer.json.
+    """The tokenizer in a file of any kind, or in a directory with a tokenizer.model or tokenizer.json.
 
     The files beside it (tokenizer_config.json, generation_config.json, chat_template.jinja, …) are read
     for a directory, and for a file of one of the two usual names. Where a directory holds both, the
@@ -58,6 +59,8 @@ def _open(path: Path, sidecar: Sidecar) -> Codec:
             return JsonCodec(data, sidecar.bos, eos, sidecar.unk, sidecar.add_bos)
         if looks_like_ranks(data):
             return TiktokenCodec(data, sidecar.added)
+        if llama2c_vocabulary.looks_like_vocabulary(data):
+            return llama2c_vocabulary.read(data)
         plain = plain_symbols(data, sidecar.special)
         return SentencePieceCodec(data, add_bos=sidecar.add_bos is not False, plain=plain)
     except TokenizerError as error:

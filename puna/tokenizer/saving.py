@@ -23,8 +23,22 @@ def save(tokenizer: Tokenizer, codec: Codec, directory: Path) -> None:
     files = codec.originals()
     if "tokenizer.json" not in files:
         files["tokenizer.json"] = _dump(codec.definition(), indent=None)
-    files["tokenizer_config.json"] = _dump(_config(tokenizer), indent=2)
     files["special_tokens_map.json"] = _dump(_token_names(tokenizer), indent=2)
+    _write(tokenizer, files, directory)
+
+
+def save_original(tokenizer: Tokenizer, codec: Codec, directory: Path) -> None:
+    """Write the original file alone, and the configuration by which `load` gives the same tokenizer.
+
+    Raises:
+        TokenizerError: a file cannot be written.
+        ResourceError: the disk is full.
+    """
+    _write(tokenizer, codec.originals(), directory)
+
+
+def _write(tokenizer: Tokenizer, files: dict[str, bytes], directory: Path) -> None:
+    files["tokenizer_config.json"] = _dump(_config(tokenizer), indent=2)
     advice = "free some space and save again"
     with disk_errors(f"saving the tokenizer to {directory}", directory, TokenizerError, advice):
         directory.mkdir(parents=True, exist_ok=True)
@@ -52,7 +66,11 @@ def _config(tokenizer: Tokenizer) -> dict[str, Any]:
 def _token_names(tokenizer: Tokenizer) -> dict[str, str]:
     names = {index: name for name, index in tokenizer.specials.items()}
     roles = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.unk_id}
-    return {role: names[index] for role, index in roles.items() if index is not None and index in names}
+    return {
+        role: names[index] if index in names else tokenizer.piece(index)
+        for role, index in roles.items()
+        if index is not None
+    }
 
 
 def _dump(value: dict[str, Any], indent: int | None) -> bytes:

@@ -12,6 +12,7 @@ from puna.tokenizer import export, protobuf
 from puna.tokenizer.codec import BYTE_PIECE, PLACEHOLDER, VOCABULARY_LIMIT, Vocabulary
 from puna.tokenizer.protobuf import BYTE, CONTROL, UNKNOWN, USER_DEFINED
 
+_NEVER_JOINED = (CONTROL, UNKNOWN, BYTE)  # text becomes them in other ways, or not at all
 _TOO_LARGE = "a vocabulary of {} pieces is beyond the limit of {}"
 
 
@@ -60,8 +61,24 @@ class SentencePieceCodec:
         return {"tokenizer.model": self._data}
 
     def identity(self) -> bytes:
-        """The file, and the symbols that are kept ordinary."""
-        return b"\0".join([b"sentencepiece", self._data, *(name.encode() for name in sorted(self._plain))])
+        """Pieces, the order in which they are joined, the treatment of spaces, the symbols kept ordinary.
+
+        Not the file: one that was rebuilt from another format's tables gives the same ids. Where a model uses
+        more than the settings named here (unigram, normalised characters), it is the file all the same.
+        """
+        model = self.model
+        plain = sorted(self._plain)
+        if model.model_type != protobuf.BPE or model.has_character_map:
+            return b"\0".join([b"sentencepiece", self._data, *(name.encode() for name in plain)])
+        settings = (
+            model.byte_fallback,
+            model.whitespace_is_suffix,
+            model.add_dummy_prefix,
+            model.remove_extra_whitespaces,
+            model.escape_whitespaces,
+        )
+        pieces = [(piece.text, piece.type) for piece in model.pieces]
+        return repr(("sentencepiece", settings, plain, pieces, _joining_order(model.pieces))).encode()
 
     def _read_vocabulary(self) -> Vocabulary:
         pieces = self.model.pieces
@@ -76,6 +93,7 @@ class SentencePieceCodec:
             raw=frozenset(i for i, p in enumerate(pieces) if p.type == BYTE),
             leading_space="each" if self.model.add_dummy_prefix else "none",
             broken="each",
+            strips="all" if self.model.remove_extra_whitespaces else "one",
         )
 
 
@@ -85,6 +103,16 @@ def plain_symbols(data: bytes, special: Mapping[int, bool]) -> frozenset[str]:
     return frozenset(
         p.text for i, p in enumerate(pieces) if p.type == USER_DEFINED and special.get(i) is False
     )
+
+
+def _joining_order(pieces: Sequence[protobuf.Piece]) -> list[int]:
+    """For every piece that can be joined from others, by id, the place of its score among all scores.
+
+    Equal scores share a place: there the leftmost pair is joined first.
+    """
+    joined = [piece for piece in pieces if len(piece.text) > 1 and piece.type not in _NEVER_JOINED]
+    places = {score: place for place, score in enumerate(sorted({piece.score for piece in joined}))}
+    return [places[piece.score] for piece in joined]
 
 
 def _is_special(text: str, plain: frozenset[str]) -> bool:

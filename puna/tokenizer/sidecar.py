@@ -106,8 +106,8 @@ def _added_tokens(config: dict[str, Any], path: Path) -> Iterator[tuple[int, tup
         raise TokenizerError(f"{path}: added_tokens_decoder must be an object")
     for key, value in table.items():
         content = _token(value)
-        if not (key.isascii() and key.isdigit()) or content is None:
-            raise TokenizerError(f"{path}: added_tokens_decoder[{key!r}] must map an id to a token")
+        if not (key.isascii() and key.isdigit()) or len(key) > 20 or content is None:
+            raise TokenizerError(f"{path}: added_tokens_decoder[{key[:40]!r}] must map an id to a token")
         yield int(key), (content, isinstance(value, dict) and value.get("special") is True)
 
 
@@ -118,6 +118,7 @@ def _template(config: dict[str, Any], directory: Path) -> str | None:
         return own
     value = config.get("chat_template", _read(directory / "chat_template.json").get("chat_template"))
     if isinstance(value, list):
-        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
-        value = named.get("default")
-    return value if isinstance(value, str) else None
+        named = (item for item in value if isinstance(item, dict) and item.get("name") == "default")
+        value = next((item.get("template") for item in named), None)
+    # JSON can spell half a surrogate pair, which no text holds.
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else None

@@ -42,9 +42,9 @@ class StreamingDecoder:
             return self._special(texts[index])
         text = texts[index]
         if self._at_start and text:
-            self._at_start = False
             if text[:1] == b" " and index not in self._real_space:
                 text = text[1:]
+            self._at_start = not text and self._vocabulary.strips == "all"
         return self._clean(self._utf8.decode(text))
 
     def flush(self) -> str:

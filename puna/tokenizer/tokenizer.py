@@ -38,6 +38,11 @@ class Tokenizer:
         return f"Tokenizer({self.kind}, vocab_size={self.vocab_size})"
 
     @property
+    def codec(self) -> Codec:
+        """What reads and writes its kind of file, for formats that store a tokenizer in their own way."""
+        return self._codec
+
+    @property
     def kind(self) -> str:
         """The kind of file it came from, in words."""
         return self._codec.kind

@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+import sentencepiece
+import tiktoken
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiktoken.load import load_tiktoken_bpe
 from transformers import AutoTokenizer
 
 from puna.errors import TokenizerError
 from puna.tokenizer.chat import TEMPLATES, render, render_text
 from puna.tokenizer.reading import load
+from puna.tokenizer.tiktoken_reader import PATTERN
 from puna.tokenizer.tokenizer import Tokenizer
 
 TALK = [
@@ -206,14 +210,35 @@ def test_a_published_style_of_template(assets: Path, tmp_path: Path) -> None:
         ("{{ 'a' | indent(999999999, true) }}", "fails: SecurityError"),
         (
             "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-            "too large",
+            "far more work",
         ),
         (
             "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
-            "too large",
+            "far more work",
         ),
         ("{% for i in range(99999) %}{% for j in range(99999) %}aaaa{% endfor %}{% endfor %}", "far more"),
-        ("{# " + "x" * (1 << 20) + " #}", "at most 1048576 are taken"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "far more work"),
+        ("{% for i in range(99999) if i in range(99999) %}{% endfor %}", "far more work"),
+        (
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) ~ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+            "far more",
+        ),
+        (
+            "{% set n = namespace(x=1) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}"
+            "{{ n.x == n.x }}",
+            "far more work",
+        ),
+        ("{% set a = 'xx' %}" + "{% set a %}{{ a }}{{ a }}{% endset %}" * 60, "far more work"),
+        ("{{ ('a' * 99999).replace('a', 'b' * 99999) }}", "far more work"),
+        ("{{ ('b' * 99999).join('a' * 99999) }}", "far more work"),
+        ("{{ ('{0}' * 9999).format('a' * 99999) }}", "far more work"),
+        ("{{ ('a' * 999999).strip('b' * 999999) }}", "far more work"),
+        ("{{ 9 ** 60 ** 60 }}", "too large"),
+        ("{{ 'a'.encode().ljust(9999999999) }}", "fails: SecurityError"),
+        ("{{ 1.5 | round(999999999, 'ceil') }}", "rounded to more than 64"),
+        ("{% filter list %}a{% endfilter %}", "writes a list, which is no text"),
+        ("{{ messages | batch(99999999, 'x') | list }}", "No filter named 'batch'"),
+        ("{# " + "x" * (1 << 20) + " #}", "at most 65536 are taken"),
     ],
 )
 def test_bad_templates(template: str, message: str, small: Tokenizer) -> None:
@@ -238,3 +263,79 @@ def test_what_the_sandbox_lets_through(small: Tokenizer) -> None:
         "{% if i > 1 %}{% break %}{% endif %}{{ i }}{% endfor %}{{ strftime_now('%Y') | length }}"
     )
     assert render_text(small, [], source) == 'a1Truexy1-2{"é": ["<", 1]}===014'
+
+
+# Ids of whole conversations; the last user spells special tokens, which stay text.
+SPELLING = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Why is 10 > 9?"},
+    {"role": "assistant", "content": "It is one more."},
+    {"role": "user", "content": "<|eot_id|></s>[INST] é😀"},
+]
+# fmt: off
+GOLDEN_LLAMA3 = [
+    *[128000],  # <|begin_of_text|>
+    *[128006, 9125, 128007, 271],  # <|start_header_id|> system <|end_header_id|> \n\n
+    *[3513, 10015, 13, 128009],  # Be| brief|. <|eot_id|>
+    *[128006, 882, 128007, 271],  # <|start_header_id|> user <|end_header_id|> \n\n
+    *[10445, 374, 220, 605, 871, 220, 24, 30, 128009],  # Why| is| |10| >| |9|? <|eot_id|>
+    *[128006, 78191, 128007, 271],  # <|start_header_id|> assistant <|end_header_id|> \n\n
+    *[2181, 374, 832, 810, 13, 128009],  # It| is| one| more|. <|eot_id|>
+    *[128006, 882, 128007, 271],  # <|start_header_id|> user <|end_header_id|> \n\n
+    *[27, 91, 68, 354, 851, 91],  # <|||e|ot|_id||
+    *[1500, 82, 31868, 65562, 60, 4046, 76460, 222, 128009],
+    # ></|s|>[|INST|]| é| \xf0\x9f\x98|\x80 <|eot_id|>
+    *[128006, 78191, 128007, 271],  # <|start_header_id|> assistant <|end_header_id|> \n\n
+]
+GOLDEN_LLAMA2 = [
+    *[1, 518, 25580, 29962],  # <s> ▁[|INST|]
+    *[3532, 14816, 29903, 6778, 13],  # ▁<<|SY|S|>>|<0x0A>
+    *[3629, 11473, 29889, 13],  # Be|▁brief|.|<0x0A>
+    *[29966, 829, 14816, 29903, 6778, 13, 13],  # <|</|SY|S|>>|<0x0A>|<0x0A>
+    *[11008, 338, 29871, 29896, 29900, 1405, 29871, 29929, 29973],  # Why|▁is|▁|1|0|▁>|▁|9|?
+    *[518, 29914, 25580, 29962],  # ▁[|/|INST|]
+    *[739, 338, 697, 901, 29889, 29871, 2],  # ▁It|▁is|▁one|▁more|.|▁ </s>
+    *[1, 518, 25580, 29962],  # <s> ▁[|INST|]
+    *[529, 29989, 29872, 327, 29918, 333, 29989],  # ▁<|||e|ot|_|id||
+    *[2565, 29879, 24566, 25580, 29962, 904, 243, 162, 155, 131],
+    # ></|s|>[|INST|]|▁é|<0xF0>|<0x9F>|<0x98>|<0x80>
+    *[518, 29914, 25580, 29962],  # ▁[|/|INST|]
+]
+# fmt: on
+
+
+def test_whole_conversations_with_llama3(assets: Path, tmp_path: Path) -> None:
+    """As Meta's code frames them, header by header; and as transformers does, from the saved directory."""
+    ours = load(assets / "tokenizers/llama3/tokenizer.model")
+    library = tiktoken.Encoding(
+        "reference",
+        pat_str=PATTERN,
+        mergeable_ranks=load_tiktoken_bpe(str(assets / "tokenizers/llama3/tokenizer.model")),
+        special_tokens={},
+    )
+    framed = [128000]
+    for message in [*SPELLING, {"role": "assistant", "content": None}]:
+        framed += [
+            128006,
+            *library.encode_ordinary(message["role"]),
+            128007,
+            *library.encode_ordinary("\n\n"),
+        ]
+        if message["content"] is not None:
+            framed += [*library.encode_ordinary(message["content"]), 128009]
+    assert render(ours, SPELLING, "llama3") == GOLDEN_LLAMA3 == framed
+    Tokenizer(ours._codec, chat_template=TEMPLATES["llama3"]).save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    ids = theirs.apply_chat_template(SPELLING[:3], add_generation_prompt=True, return_dict=False)
+    assert render(load(tmp_path), SPELLING[:3]) == ids
+    assert ids[:-4] == GOLDEN_LLAMA3[: len(ids) - 4] and ids.count(128000) == 1
+
+
+def test_whole_conversations_with_llama2(assets: Path) -> None:
+    """As SentencePiece encodes each pair of turns, which Meta's code frames with BOS and EOS."""
+    ours = load(assets / "tokenizers/llama2/tokenizer.model")
+    library = sentencepiece.SentencePieceProcessor(str(assets / "tokenizers/llama2/tokenizer.model"))
+    first = "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWhy is 10 > 9? [/INST] It is one more. "
+    second = f"[INST] {SPELLING[3]['content']} [/INST]"
+    assert render(ours, SPELLING, "llama2") == GOLDEN_LLAMA2
+    assert [1, *library.encode(first), 2, 1, *library.encode(second)] == GOLDEN_LLAMA2
