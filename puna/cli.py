@@ -29,7 +29,23 @@ app.add_typer(tokenizer_app, name="tokenizer")
 
 Json = Annotated[bool, typer.Option("--json", help="Print a machine-readable result as the last line.")]
 Model = Annotated[
-    str, typer.Argument(help="A model directory, a run directory (its best export), or a hub id.")
+    str,
+    typer.Argument(
+        help="A model directory, a run directory (its best export), a file (.gguf, .bin, .pt), or a hub id."
+    ),
+]
+Tokenizer = Annotated[
+    Path | None, typer.Option("--tokenizer", help="A tokenizer to take in place of the model's own.")
+]
+Revision = Annotated[str | None, typer.Option(help="Of a hub id: a branch, tag or commit.")]
+CacheDir = Annotated[Path | None, typer.Option(help="Where downloads from the hub are kept.")]
+LowMemory = Annotated[
+    bool | None,
+    typer.Option(
+        "--low-memory/--in-memory",
+        help="Compare layer by layer, or with both models in memory; chosen by the memory at hand.",
+        show_default=False,
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
@@ -113,16 +129,21 @@ def generate(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    tokenizer: Tokenizer = None,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt."""
+    from puna.recipes.models import ModelChoice
     from puna.recipes.talk import generate as run
 
     sampling = _given(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, seed=seed, stop=stop, ignore_eos=ignore_eos, logprobs=logprobs,
     )  # fmt: skip
-    _emit(run(model, prompt, sampling, device, dtype, _write), as_json)
+    llm = ModelChoice(model, revision, cache_dir, tokenizer).llm(device, dtype, _note)
+    _emit(run(llm, prompt, sampling, _write), as_json)
 
 
 @app.command()
@@ -140,26 +161,119 @@ def chat(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    tokenizer: Tokenizer = None,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
 ) -> None:
     """Talk with a model in the terminal.
 
     An empty line or Ctrl-D ends it.
     """
+    from puna.recipes.models import ModelChoice
     from puna.recipes.talk import chat as run
 
     sampling = _given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    run(model, sampling, system, template, device, dtype, _read_line, _write)
+    llm = ModelChoice(model, revision, cache_dir, tokenizer).llm(device, dtype, _note)
+    run(llm, sampling, system, template, _read_line, _write)
 
 
 @app.command()
-def info(model: Model, as_json: Json = False) -> None:
+def convert(
+    source: Model,
+    destination: Annotated[Path, typer.Argument(help="A directory (hf, meta) or a file (gguf, llama2c).")],
+    to: Annotated[str, typer.Option(help="hf, meta, gguf or llama2c.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="The type to store: float32, bfloat16, float16; for gguf also q8_0, q4_0, q4_1, q5_0, q5_1; "
+            "for llama2c float32 or int8. Each tensor's own without it.",
+            show_default=False,
+        ),
+    ] = None,
+    shards: Annotated[
+        int | None, typer.Option(help="meta: how many model-parallel files.", show_default=False)
+    ] = None,
+    shard_bytes: Annotated[
+        int | None, typer.Option(help="hf: the largest a file may be.", show_default="5000000000")
+    ] = None,
+    change: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Another setting of the format as key=value, such as version=1."),
+    ] = None,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Leave out what the format cannot hold.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Prove the result equal to its source.")
+    ] = True,
+    low_memory: LowMemory = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a model that is there.")] = False,
+    tokenizer: Tokenizer = None,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model in another format, and prove it equal.
+
+    Nothing is left at the destination unless it is whole and shown to be the same model (--no-verify: whole).
+    """
+    from puna.formats.verify import VerifySettings
+    from puna.progress import on_stderr
+    from puna.recipes.convert import convert as run
+    from puna.recipes.models import ModelChoice
+    from puna.settings import overridden
+
+    result = run(
+        ModelChoice(source, revision, cache_dir).source(),
+        destination,
+        to,
+        overridden(_given(dtype=dtype, shards=shards, shard_bytes=shard_bytes), change or ()),
+        origin=source if revision is None else f"{source} at revision {revision}",
+        tokenizer=tokenizer,
+        weights_only=weights_only,
+        verify=VerifySettings(low_memory=low_memory) if verify else None,
+        force=force,
+        say=print,
+        track=on_stderr,
+    )
+    _emit(result, as_json)
+
+
+@app.command()
+def verify(
+    first: Model,
+    second: Model,
+    low_memory: LowMemory = None,
+    cache_dir: CacheDir = None,
+    as_json: Json = False,
+) -> None:
+    """Compare two models, in any formats: logits, KL divergence, greedy text, tokenizer, template.
+
+    Exit code 0: equal, within what their number types allow. 3: different. 2: they cannot be compared.
+    """
+    from puna.errors import CheckFailed
+    from puna.formats.verify import VerifySettings
+    from puna.progress import on_stderr
+    from puna.recipes.convert import verify as run
+    from puna.recipes.models import ModelChoice
+
+    a, b = (ModelChoice(name, None, cache_dir).source() for name in (first, second))
+    result = run(a, b, VerifySettings(low_memory=low_memory), print, on_stderr)
+    _emit(result, as_json)
+    if not result["equal"]:
+        raise CheckFailed(f"the models differ: {result['verdict']}")
+
+
+@app.command()
+def info(model: Model, revision: Revision = None, cache_dir: CacheDir = None, as_json: Json = False) -> None:
     """Print what a model is.
 
-    Config, parameters by part, tokenizer, provenance.
+    Config, parameters by part, how it is stored, tokenizer, provenance.
     """
     from puna.recipes.describe import describe
+    from puna.recipes.models import ModelChoice
 
-    _emit(describe(model, print), as_json)
+    _emit(describe(ModelChoice(model, revision, cache_dir).source(), print), as_json)
 
 
 @app.command()
@@ -293,6 +407,11 @@ def _emit(result: dict[str, Any], as_json: bool) -> None:
 def _given(**options: Any) -> dict[str, Any]:
     """The options the user gave; the others keep their defaults."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _note(line: str) -> None:
+    """What a user should know, out of the way of a command's output."""
+    print(line, file=sys.stderr)
 
 
 def _write(text: str) -> None:

@@ -68,11 +68,20 @@ def read_settings(cls: type[S], path: Path | None = None, overrides: Sequence[st
     Raises:
         SettingsError: the file cannot be read or parsed, a key is unknown, or a value is wrong.
     """
-    values = {} if path is None else _read_toml(path)
-    for override in overrides:
-        _apply_override(values, override)
+    values = overridden({} if path is None else _read_toml(path), overrides)
     origin = str(path) if path is not None else "settings"
     return parse(cls, values, f"{origin} with {' '.join(overrides)}" if path and overrides else origin)
+
+
+def overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Plain values, changed in place by `key.sub=value`, later ones winning.
+
+    Raises:
+        SettingsError: an override is no assignment, or goes through a value that is no table.
+    """
+    for override in overrides:
+        _apply_override(values, override)
+    return values
 
 
 def parse(cls: type[S], values: Mapping[str, Any], origin: str = "settings") -> S:

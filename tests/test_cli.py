@@ -37,7 +37,7 @@ def test_help_is_quick() -> None:
 @pytest.mark.parametrize(
     "verb",
     [
-        *("demo", "pretrain", "generate", "chat", "info", "report"),
+        *("demo", "pretrain", "generate", "chat", "convert", "verify", "info", "report"),
         *("tokenizer train", "tokenizer encode", "tokenizer decode", "tokenizer inspect"),
     ],
 )

@@ -65,12 +65,14 @@ class LLM:
         tokenizer: Tokenizer | None = None,
         end_ids: Items[int] | None = None,
         source: str | None = None,
+        notes: Items[str] = (),
     ) -> None:
         """A model in memory, as it is: it may be in the middle of its training.
 
         `end_ids` are the tokens that end an answer, the tokenizer's unless given; `source` says where the
-        model is from, for the provenance of what `save` writes.
+        model is from, for the provenance of what `save` writes; `notes` are what its files left unsaid.
         """
+        self.notes = tuple(notes)
         self.model, self.tokenizer, self.source = model, tokenizer, source
         known = () if tokenizer is None else tokenizer.end_ids
         self.end_ids = tuple(known if end_ids is None else end_ids)
@@ -218,8 +220,10 @@ def load(
     device: str = "auto",
     quantize: str | None = None,
     tokenizer: str | Path | Tokenizer | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
 ) -> LLM:
-    """Open a model: a directory, a run directory (its best export), or an id on the Hugging Face hub.
+    """Open a model: a directory, a file, a run directory (its best export), or an id on the Hugging Face hub.
 
     Weights stay in the mapped file where type and device allow it.
 
@@ -229,6 +233,8 @@ def load(
         device: auto, cpu, cuda or mps.
         quantize: must be None; no scheme is available.
         tokenizer: takes the place of the model's own.
+        revision: of a hub id: a branch, tag or commit.
+        cache_dir: where downloads from the hub are kept; its usual place unless given.
 
     Raises:
         ModelError: it is no model, or a damaged or unsupported one.
@@ -240,7 +246,7 @@ def load(
         raise InputError(f"quantize={quantize!r}: no quantization scheme is available; leave it out")
     target = choose_device(device)
     kind = choose_dtype(dtype, target)
-    source = formats.open_model(formats.resolve(path))
+    source = formats.open_model(formats.resolve(path, revision=revision, cache_dir=cache_dir))
     chosen = source.tokenizer() if tokenizer is None else tokenizer
     if isinstance(chosen, str | Path):
         chosen = tokenizers.load(chosen)
@@ -248,7 +254,7 @@ def load(
         model = Llama(source.config).to(kind)
     load_weights(model, _on(target, kind, formats.expanded(source.weights)))
     ends = source.end_ids if chosen is None else (*source.end_ids, *chosen.end_ids)
-    return LLM(model.eval(), chosen, tuple(dict.fromkeys(ends)), source=str(path))
+    return LLM(model.eval(), chosen, tuple(dict.fromkeys(ends)), source=str(path), notes=source.notes)
 
 
 def context_length(config: ModelConfig) -> int:

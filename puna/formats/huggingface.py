@@ -1,8 +1,12 @@
-"""A Hugging Face model directory: config.json, generation_config.json, *.safetensors, tokenizer files."""
+"""A Hugging Face model directory: config.json, generation_config.json, tokenizer files, and the tensors.
+
+Those are in *.safetensors, or in the pytorch_model*.bin of before them, which are read and not written.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -10,12 +14,22 @@ from typing import Literal
 from pydantic import Field
 
 import puna.tokenizer
-from puna.formats.config_json import read_bos_id, read_config, read_end_ids, token_ids, write_config
+from puna.formats import yi_names
+from puna.formats.config_json import (
+    is_yi,
+    read_bos_id,
+    read_config,
+    read_end_ids,
+    token_ids,
+    write_config,
+)
 from puna.formats.content import Content, Obstacle, Record
 from puna.formats.json_files import read_object, write_object
-from puna.formats.safetensors_reader import SafetensorsFiles, files_of
+from puna.formats.safetensors_reader import SAFETENSORS
 from puna.formats.safetensors_writer import write_tensors
 from puna.formats.source import Source
+from puna.formats.tensor_files import TensorFiles, find
+from puna.formats.torch_archive import PYTORCH_BIN
 from puna.model.weights import Weights
 from puna.settings import Settings
 
@@ -44,7 +58,9 @@ def read(directory: Path) -> Source:
     values = read_object(directory / CONFIG)
     generation = read_object(directory / GENERATION) if (directory / GENERATION).is_file() else {}
     config = read_config(values, str(directory / CONFIG))
-    tensors = SafetensorsFiles(files_of(directory), config, directory)
+    files, kind = find(directory, (SAFETENSORS, PYTORCH_BIN))
+    opened = yi_names.as_llama(kind.opened) if is_yi(values) else kind.opened
+    tensors = TensorFiles(files, config, directory, opened)
     has_tokenizer = any((directory / name).is_file() for name in _TOKENIZER_FILES)
     return Source(
         path=directory,
@@ -60,7 +76,12 @@ def read(directory: Path) -> Source:
 
 def obstacles(content: Content, settings: HuggingFaceSettings) -> Iterator[Obstacle]:
     """What of a model such a directory cannot hold."""
-    yield from ()
+    config = content.config
+    if config.sliding_window is not None and (config.attention_bias or config.mlp_bias):
+        # Windows make it a Mistral to transformers, which has no biases.
+        unlimited = config.model_copy(update={"sliding_window": None})
+        without = replace(content, weights=replace(content.weights, config=unlimited))
+        yield Obstacle(f"biases beside a sliding window of {config.sliding_window} positions", without)
 
 
 def write(target: Path, content: Content, settings: HuggingFaceSettings, record: Record) -> list[str]:

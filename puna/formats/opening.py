@@ -9,12 +9,16 @@ from typing import Any
 
 from puna.errors import ModelError
 from puna.files import aside
-from puna.formats import huggingface
+from puna.formats import gguf, huggingface, llama2c, meta
 from puna.formats.content import Content, Obstacle, Record
 from puna.formats.source import Source
 from puna.settings import Settings
 
 _RUN_MARK = "run.toml"  # what every run directory holds
+_PARTS = (  # files that are a model only together with others in their directory
+    *("config.json", "*.index.json", "*.safetensors", "pytorch_model*.bin"),
+    *("params.json", "consolidated.*.pth"),
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Format:
         write: writes to a path that does not exist, in a directory that holds nothing else; returns what the
             user should know of the result, a sentence each.
         is_directory: whether a model is a directory; otherwise it is a file, with others beside it.
+        takes_packed: whether it writes packed tensors without being told a type.
     """
 
     description: str
@@ -40,17 +45,49 @@ class Format:
     obstacles: Callable[[Content, Any], Iterable[Obstacle]]
     write: Callable[[Path, Content, Any, Record], list[str]]
     is_directory: bool
+    takes_packed: bool
 
 
 FORMATS = {
     "hf": Format(
-        description="a directory with config.json and *.safetensors",
+        description="a directory with config.json and *.safetensors or pytorch_model*.bin",
         recognises=huggingface.recognises,
         read=huggingface.read,
         settings=huggingface.HuggingFaceSettings,
         obstacles=huggingface.obstacles,
         write=huggingface.write,
         is_directory=True,
+        takes_packed=False,
+    ),
+    "meta": Format(
+        description="a directory with params.json and consolidated.*.pth",
+        recognises=meta.recognises,
+        read=meta.read,
+        settings=meta.MetaSettings,
+        obstacles=meta.obstacles,
+        write=meta.write,
+        is_directory=True,
+        takes_packed=False,
+    ),
+    "llama2c": Format(
+        description="a .bin or ckpt.pt of llama2.c",
+        recognises=llama2c.recognises,
+        read=llama2c.read,
+        settings=llama2c.Llama2cSettings,
+        obstacles=llama2c.obstacles,
+        write=llama2c.write,
+        is_directory=False,
+        takes_packed=True,
+    ),
+    "gguf": Format(
+        description="a .gguf file",
+        recognises=gguf.recognises,
+        read=gguf.read,
+        settings=gguf.GgufSettings,
+        obstacles=gguf.obstacles,
+        write=gguf.write,
+        is_directory=False,
+        takes_packed=True,
     ),
 }
 
@@ -70,11 +107,15 @@ def open_model(path: str | Path) -> Source:
 
 
 def model_path(path: Path) -> Path:
-    """Where the model lies that a path stands for: a run directory stands for its best export.
+    """Where the model lies that a path stands for.
+
+    A run directory stands for its best export, and a file that is one part of a directory for that directory.
 
     Raises:
         ModelError: the run has exported no model yet.
     """
+    if path.is_file() and any(path.match(part) for part in _PARTS):
+        return path.parent
     if not (path / _RUN_MARK).is_file():
         return path
     model = path / "model"

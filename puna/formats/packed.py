@@ -1,7 +1,8 @@
 """Low-bit matrices as files hold them, packed and expanded.
 
-GGUF's schemes keep blocks of 32 or 256 weights of a row with their scales in one run of bytes; the codecs
-are those of the `gguf` package. "int8" is llama2.c's: whole numbers, a float32 scale for each group of a row.
+GGUF's schemes keep blocks of 32 or 256 weights of a row with their scales in one run of bytes; the `gguf`
+package makes them, and blocks.py expands them. "int8" is llama2.c's: whole numbers, a float32 scale for each
+group of a row.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import gguf
 import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES
-from gguf.quants import dequantize, quantize
+from gguf.quants import quantize
 from torch import Tensor
 
+from puna.formats.blocks import SCALES, expand
 from puna.model.weights import Packed, Weights
 
 BLOCKS = {
@@ -23,7 +25,8 @@ BLOCKS = {
 }
 WRITABLE = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1")  # the package expands the others, and does not make them
 INT8 = "int8"
-_CHUNK = 1 << 22  # weights expanded at once, so that a large matrix needs no more than itself
+_CHUNK = 1 << 22  # weights packed at once, so that a large matrix needs no more than itself
+_EXPANDED = 1 << 19  # weights expanded at once: what lies between stays in the caches
 
 
 def block_sizes(scheme: str) -> tuple[int, int]:
@@ -37,13 +40,13 @@ def unpack(packed: Packed) -> Tensor:
         assert packed.scales is not None
         groups = packed.data.unflatten(-1, (packed.scales.shape[-1], -1))  # (rows, groups, size)
         return (groups * packed.scales[..., None]).flatten(-2).view(packed.shape)
-    rows = packed.data
-    out = torch.empty(packed.shape)
-    step = max(1, _CHUNK // packed.shape[-1])
-    for at in range(0, packed.shape[0], step):
-        part = dequantize(rows[at : at + step].numpy(), BLOCKS[packed.scheme])
-        out[at : at + step] = torch.from_numpy(part)
-    return out
+    numbers, size = block_sizes(packed.scheme)
+    blocks = packed.data.reshape(-1, size)
+    out = torch.empty(blocks.shape[0], numbers)
+    for at in range(0, len(blocks), _EXPANDED // numbers):
+        part = slice(at, at + _EXPANDED // numbers)
+        out[part] = expand(packed.scheme, blocks[part])
+    return out.view(packed.shape)
 
 
 def pack(tensor: Tensor, scheme: str) -> Packed:
@@ -63,10 +66,27 @@ def pack_int8(tensor: Tensor, group: int) -> Packed:
 
     Symmetric: a group's scale is its largest magnitude / 127.
     """
-    groups = tensor.float().unflatten(-1, (-1, group))  # (rows, groups, group)
-    scales = groups.abs().amax(dim=-1) / 127
-    whole = (groups / scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).round().to(torch.int8)
-    return Packed(INT8, whole.flatten(-2), scales, tuple(tensor.shape))
+    rows, columns = tensor.shape
+    data, scales = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, columns // group)
+    step = max(1, _CHUNK // columns)
+    for at in range(0, rows, step):
+        groups = tensor[at : at + step].float().unflatten(-1, (-1, group))  # (step, groups, group)
+        scales[at : at + step] = part = groups.abs().amax(dim=-1) / 127
+        whole = groups / part.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
+        data[at : at + step] = whole.round().flatten(-2)
+    return Packed(INT8, data, scales, (rows, columns))
+
+
+def scales_are_finite(packed: Packed) -> bool:
+    """Whether no block expands to NaN or infinite numbers; without expanding it."""
+    if packed.scales is not None:
+        return bool(torch.isfinite(packed.scales).all())
+    _, size = block_sizes(packed.scheme)
+    blocks = packed.data.view(-1, size)
+    return all(
+        bool(torch.isfinite(blocks[:, at : at + 2].contiguous().view(torch.float16)).all())
+        for at in SCALES[packed.scheme]
+    )
 
 
 def plain(value: Tensor | Packed) -> Tensor:

@@ -18,6 +18,7 @@ from puna import __version__
 from puna.errors import ModelError
 from puna.formats.json_files import read_object, write_object
 from puna.formats.safetensors_writer import payload
+from puna.model.config import ModelConfig
 from puna.model.weights import Packed, Weights
 from puna.tokenizer.tokenizer import Tokenizer
 
@@ -59,7 +60,12 @@ def payload_hash(weights: Weights) -> str:
 
 
 def record(
-    hashes: PayloadHash, tokenizer: Tokenizer | None, *, source: Any, training: dict[str, Any] | None = None
+    hashes: PayloadHash,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    *,
+    source: Any = None,
+    training: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What puna.json says of a model."""
     about = None if tokenizer is None else {"fingerprint": tokenizer.fingerprint, "kind": tokenizer.kind}
@@ -67,6 +73,7 @@ def record(
         "format_version": FORMAT_VERSION,
         "puna": __version__,
         "source": source,
+        "model": config.model_dump(mode="json"),
         "weights": {
             "sha256": hashes.hexdigest(),
             "tensors": len(hashes.lines),
@@ -92,7 +99,8 @@ def write(model: Path, record: dict[str, Any]) -> None:
 
 
 def read(model: Path) -> dict[str, Any] | None:
-    """The provenance of a model, None where there is none.
+    """The provenance of a model, None where there is none; `weights`, `model` and `training` are sure to be
+    objects, or None.
 
     Raises:
         ModelError: it is damaged, or written by a later version.
@@ -106,4 +114,8 @@ def read(model: Path) -> dict[str, Any] | None:
         raise ModelError(
             f"{path}: format_version {version!r}, this version of Puna knows {FORMAT_VERSION}; update Puna"
         )
+    weights, others = found.get("weights"), (found.get("model"), found.get("training"))
+    whole = isinstance(weights, dict) and isinstance(weights.get("sha256"), str)
+    if not whole or not all(isinstance(part, dict | None) for part in others):
+        raise ModelError(f"{path}: not a record that Puna wrote; remove it, the model does without")
     return found

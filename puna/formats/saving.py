@@ -56,7 +56,7 @@ def save(
     with written_aside(target) as temporary:
         hashes = provenance.PayloadHash()
         huggingface.write(temporary, content, settings or HuggingFaceSettings(), hashes.add)
-        record = provenance.record(hashes, tokenizer, source=source, training=training)
+        record = provenance.record(hashes, weights.config, tokenizer, source=source, training=training)
         provenance.write(temporary, record)
         sync_tree(temporary)
         replace_directory(temporary, target)

@@ -13,13 +13,8 @@ from puna.model.counts import flops_per_token, parameters
 Say = Callable[[str], None]
 
 
-def describe(model: str, say: Say) -> dict[str, Any]:
-    """Print and return it; no weights are read.
-
-    Raises:
-        ModelError: the path is not a model.
-    """
-    source = formats.open_model(formats.resolve(model))
+def describe(source: formats.Source, say: Say) -> dict[str, Any]:
+    """Print and return it; no weights are read."""
     config, counts = source.config, parameters(source.config)
     record = provenance.read(source.path)
     result = {
@@ -32,6 +27,7 @@ def describe(model: str, say: Say) -> dict[str, Any]:
         "flops_per_token": flops_per_token(config, config.max_position_embeddings, training=False),
         "tokenizer": _tokenizer(source),
         "end_ids": list(source.end_ids),
+        "notes": list(source.notes),
         "provenance": record,
     }
     for line in _lines(result):
@@ -57,12 +53,20 @@ def _lines(result: dict[str, Any]) -> list[str]:
     counts = result["parameters"]
     parts = "  ".join(f"{part} {counts[part]:,}" for part in counts if part != "total")
     return [
-        f"{result['path']} ({result['format']}, stored in {result['dtype']})",
+        f"{result['path']} ({result['format']}, stored in {_stored(result['stored'])})",
         f"parameters  {counts['total']:,}  ({parts})",
         *(f"  {key:<24} {_short(value)}" for key, value in result["config"].items()),
         *_tokenizer_lines(result["tokenizer"], result["end_ids"]),
+        *(f"note        {note}" for note in result["notes"]),
         *_provenance_lines(result["provenance"]),
     ]
+
+
+def _stored(stored: dict[str, int]) -> str:
+    """The types of the tensors; how many have each, where there are several."""
+    if len(stored) == 1:
+        return next(iter(stored))
+    return ", ".join(f"{kind} ×{count}" for kind, count in stored.items())
 
 
 def _tokenizer_lines(tokenizer: dict[str, Any] | None, end_ids: list[int]) -> list[str]:
@@ -79,6 +83,11 @@ def _provenance_lines(record: dict[str, Any] | None) -> list[str]:
     if record is None:
         return ["provenance  none recorded (no puna.json)"]
     lines = [f"provenance  puna {record['puna']}, weights sha256 {record['weights']['sha256'][:16]}…"]
+    if isinstance(record.get("source"), dict):
+        about, verified = record["source"], record.get("verify")
+        lines.append(f"  converted from           {about.get('model')} ({about.get('format')})")
+        verdict = verified.get("verdict") if isinstance(verified, dict) else "not verified"
+        lines.append(f"  compared with it         {verdict}")
     training = {key: value for key, value in (record.get("training") or {}).items() if value is not None}
     return lines + [f"  {key:<24} {_short(value)}" for key, value in training.items()]
 

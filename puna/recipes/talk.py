@@ -5,31 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import puna
 from puna.engine.llm import LLM, Completion
 from puna.errors import InputError
 
 Write = Callable[[str], None]
 
 
-def open_llm(model: str, device: str, dtype: str) -> LLM:
-    """A model from a directory, a run directory, or a hub id.
-
-    Raises:
-        ModelError: it is none of these.
-    """
-    return puna.load(model, device=device, dtype=dtype)
-
-
-def generate(
-    model: str, prompts: list[str], sampling: dict[str, Any], device: str, dtype: str, write: Write
-) -> dict[str, Any]:
+def generate(llm: LLM, prompts: list[str], sampling: dict[str, Any], write: Write) -> dict[str, Any]:
     """Continue each prompt; a single one streams as it is made.
 
     Raises:
-        InputError: impossible sampling settings, a prompt that does not fit, a path that is not a model.
+        InputError: impossible sampling settings, or a prompt that does not fit.
     """
-    llm = open_llm(model, device, dtype)
     if len(prompts) == 1 and "logprobs" not in sampling:
         answer = llm.stream(prompts[0], **sampling)  # says what is wrong before anything is written
         write(prompts[0])
@@ -69,12 +56,10 @@ def _logprobs(completion: Completion) -> dict[str, Any]:
 
 
 def chat(
-    model: str,
+    llm: LLM,
     sampling: dict[str, Any],
     system: str | None,
     template: str | None,
-    device: str,
-    dtype: str,
     read: Callable[[], str | None],
     write: Write,
 ) -> None:
@@ -83,7 +68,6 @@ def chat(
     Raises:
         InputError: the model has no chat template and none was named.
     """
-    llm = open_llm(model, device, dtype)
     history: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     while line := read():
         history.append({"role": "user", "content": line})

@@ -323,7 +323,7 @@ def test_a_head_that_differs_is_not_tied_as_in_transformers(tmp_path: Path) -> N
         ({"model__norm__weight": None}, "model.norm.weight is missing from the weights"),
         ({"model__norm__weight": torch.ones(31)}, r"norm.weight has shape \[31\], expected \[32\]"),
         ({"model__norm__weight": torch.full((32,), torch.nan)}, "model.norm.weight holds NaN or infinite"),
-        ({"model__norm__weight": torch.ones(32, dtype=torch.int32)}, "stored as I32; expected one of F64"),
+        ({"model__norm__weight": torch.ones(32, dtype=torch.int32)}, "stored as I32; expected one of"),
         ({"model__norm__bias": torch.ones(32)}, "model.norm.bias is not part of a model.*Did you mean"),
         ({f"extra{i}": torch.ones(1) for i in range(7)}, "extra0, .*extra4 and 2 more are not part"),
         (

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from huggingface_hub import errors
 
 from puna import formats
-from puna.errors import ModelError
+from puna.errors import ModelError, SettingsError
 
 
 @pytest.mark.parametrize("name", ["missing", "empty", "file", "texts", "run", "no weights"])
@@ -40,6 +41,11 @@ def test_what_is_not_a_model_is_said_in_one_line(name: str, tmp_path: Path) -> N
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_part_stands_for_its_directory(name: str, saved: Path) -> None:
+    assert formats.open_model(saved / name).path == saved
+
+
 def test_a_run_stands_for_its_export(saved: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -52,13 +58,30 @@ def test_a_run_stands_for_its_export(saved: Path, tmp_path: Path) -> None:
 
 
 class Hub:
-    """Stands in for the hub's download: raises online, and answers or raises from its cache."""
+    """Stands in for the hub: raises online, and answers or raises from its cache."""
 
-    def __init__(self, online: Exception | str, cached: Exception | str = "") -> None:
+    def __init__(
+        self, online: Exception | str, cached: Exception | str = "", files: Sequence[str] = ()
+    ) -> None:
         self.online, self.cached, self.asked = online, cached, []
+        self.held = list(files) or ["config.json", "model.safetensors"]
 
-    def __call__(self, repository: str, *, local_files_only: bool = False, **wanted: Any) -> str:
-        self.asked.append((repository, local_files_only))
+    def files(self, repository: str, revision: str | None) -> list[str]:
+        if isinstance(self.online, Exception):
+            raise self.online
+        return self.held
+
+    def download(
+        self,
+        repository: str,
+        wanted: Sequence[str],
+        *,
+        revision: str | None,
+        cache_dir: object,
+        local_files_only: bool,
+    ) -> str:
+        self.asked.append((repository, revision, cache_dir, local_files_only))
+        self.wanted = list(wanted)
         answer = self.cached if local_files_only else self.online
         if isinstance(answer, Exception):
             raise answer
@@ -74,18 +97,18 @@ def refused(kind: type[errors.HfHubHTTPError]) -> Exception:
 
 def test_a_path_that_exists_is_itself(tmp_path: Path) -> None:
     hub = Hub("never")
-    assert formats.resolve(tmp_path, hub) == tmp_path
-    assert formats.resolve(str(tmp_path), hub) == tmp_path
+    assert formats.resolve(tmp_path, hub=hub) == tmp_path
+    assert formats.resolve(str(tmp_path), hub=hub) == tmp_path
     assert not hub.asked
 
 
 @pytest.mark.parametrize(
-    "name", ["nowhere", "a/b/c", "./x", "a b/c", "/nowhere/none", "owner/", Path("owner/name")]
+    "name", ["nowhere", "./x", "a/../c", "a b/c", "/nowhere/none", "owner/", Path("owner/name")]
 )
 def test_what_is_no_id_is_not_asked_for(name: str | Path) -> None:
     hub = Hub("never")
     with pytest.raises(ModelError, match="no such file or directory, and not a hub id"):
-        formats.resolve(name, hub)
+        formats.resolve(name, hub=hub)
     assert not hub.asked
 
 
@@ -93,22 +116,83 @@ def test_a_missing_path_in_a_directory_here_is_no_id(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     with pytest.raises(ModelError, match="no such file or directory"):
-        formats.resolve("runs/demo", Hub("never"))
+        formats.resolve("runs/demo", hub=Hub("never"))
 
 
 def test_an_id_is_downloaded(tmp_path: Path) -> None:
     hub = Hub(str(tmp_path))
-    assert formats.resolve("owner/name-1.1", hub) == tmp_path
-    assert hub.asked == [("owner/name-1.1", False)]
+    assert formats.resolve("owner/name-1.1", revision="v2", cache_dir="there", hub=hub) == tmp_path
+    assert hub.asked == [("owner/name-1.1", "v2", "there", False)]
+
+
+def test_a_path_has_no_revision(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="is a path here, which has no revision 'v2'"):
+        formats.resolve(str(tmp_path), revision="v2", hub=Hub("never"))
+
+
+HF = ["config.json", "tokenizer.json"]
+META = ["original/params.json", "original/consolidated.00.pth"]
+SPLIT = ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]
+GGUF = ["README.md", "m-q4_0.gguf", "m-q8_0.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "opened", "taken", "left"),
+    [
+        ("o/n", [*HF, "m.safetensors", "pytorch_model.bin"], "", "m.safetensors", "pytorch_model.bin"),
+        ("o/n", [*HF, "a.safetensors", META[0], "x/a.safetensors"], "", HF[1], "x/a.safetensors"),
+        ("o/n", [*HF, "pytorch_model-1.bin", "x.msgpack"], "", "pytorch_model-1.bin", "x.msgpack"),
+        ("o/n/original", [*HF, "model.safetensors", *META], "original", META[1], "model.safetensors"),
+        ("o/n", ["params.json", "consolidated.00.pth", "x.md"], "", "consolidated.00.pth", "x.md"),
+        ("o/n/m-q8_0.gguf", GGUF, "m-q8_0.gguf", "m-q8_0.gguf", "m-q4_0.gguf"),
+        ("o/n", ["a.md", *SPLIT], SPLIT[0], SPLIT[1], "a.md"),
+        ("o/n/sub/m.bin", ["sub/m.bin", "sub/o.bin", "sub/tok.bin"], "sub/m.bin", "sub/tok.bin", "sub/o.bin"),
+        ("o/n", ["stories260K.bin", "tok512.bin", "x.md"], "stories260K.bin", "tok512.bin", "x.md"),
+    ],
+)  # fmt: skip
+def test_one_form_of_the_model_is_taken(
+    name: str, files: list[str], opened: str, taken: str, left: str, tmp_path: Path
+) -> None:
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    online = Hub(str(tmp_path), files=files)
+    assert formats.resolve(name, hub=online) == tmp_path / opened
+    assert taken in online.wanted
+    assert left not in online.wanted
+    assert formats.resolve(name, hub=Hub(OSError("offline"), str(tmp_path))) == tmp_path / opened
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (GGUF, "o/n holds several models; name one of m-q4_0.gguf, m-q8_0.gguf as o/n/FILE"),
+        (["README.md", "x.onnx"], "o/n holds no model that Puna opens; found README.md, x.onnx"),
+    ],
+)
+def test_a_repository_without_one_model_is_told(files: list[str], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        formats.resolve("o/n", hub=Hub("never", files=files))
 
 
 def test_offline_the_cached_copy_serves(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    (tmp_path / "model.safetensors").touch()
     for failure in (
         errors.LocalEntryNotFoundError("offline"),
         OSError("no route"),
         errors.OfflineModeIsEnabled("x"),
+        RuntimeError("an error of an HTTP library"),
     ):
-        assert formats.resolve("owner/name", Hub(failure, str(tmp_path))) == tmp_path
+        assert formats.resolve("owner/name", hub=Hub(failure, str(tmp_path))) == tmp_path
+
+
+def test_without_a_network_the_real_hub_says_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    began = time.monotonic()
+    with pytest.raises(ModelError, match="could not be reached"):
+        formats.resolve("puna-no-such-owner/no-such-model")
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize(
@@ -120,6 +204,7 @@ def test_offline_the_cached_copy_serves(tmp_path: Path) -> None:
         ),
         (Hub(refused(errors.RepositoryNotFoundError)), "no such model on the hub"),
         (Hub(refused(errors.GatedRepoError)), "grants access on request"),
+        (Hub(refused(errors.RevisionNotFoundError)), "no such revision"),
         (Hub(OSError(28, "No space left")), "disk is full"),
     ],
 )
@@ -127,5 +212,5 @@ def test_a_hub_that_does_not_give_is_one_line(hub: Hub, message: str) -> None:
     from puna.errors import InputError
 
     with pytest.raises(InputError, match=message) as caught:
-        formats.resolve("owner/name", hub)
+        formats.resolve("owner/name", hub=hub)
     assert "\n" not in str(caught.value)

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+import puna
 from puna import cli
+from puna.engine.llm import LLM
 from puna.errors import InputError, ResourceError, SettingsError
 from puna.model.presets import PRESETS
 from puna.recipes import session, talk
@@ -110,16 +112,20 @@ def test_memory_runs_out_while_scoring(tmp_path: Path, text: Path, monkeypatch: 
         pretrain(tiny(tmp_path / "run", text))
 
 
+def opened(run: Path) -> LLM:
+    return puna.load(run, device="cpu", dtype="float32")
+
+
 def test_generate_writes_nothing_before_it_knows(finished: tuple[Path, dict[str, Any]]) -> None:
     written: list[str] = []
     with pytest.raises(SettingsError, match="top_p"):
-        talk.generate(str(finished[0]), ["hi"], {"top_p": 1.5}, "cpu", "float32", written.append)
+        talk.generate(opened(finished[0]), ["hi"], {"top_p": 1.5}, written.append)
     assert written == []
 
 
 def test_generate_gives_the_logprobs_asked_for(finished: tuple[Path, dict[str, Any]]) -> None:
     sampling = {"logprobs": 2, "max_new_tokens": 3, "temperature": 0.0}
-    result = talk.generate(str(finished[0]), ["the"], sampling, "cpu", "float32", lambda text: None)
+    result = talk.generate(opened(finished[0]), ["the"], sampling, lambda text: None)
     [completion] = json.loads(json.dumps(result))["completions"]
     assert [entry["token"] for entry in completion["logprobs"]] == completion["tokens"]
     assert all(entry["top"][0] == [entry["token"], entry["logprob"]] for entry in completion["logprobs"])

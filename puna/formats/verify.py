@@ -1,0 +1,322 @@
+"""Proof that two models are the same: weights, logits, greedy continuations, tokenizers."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from puna.devices import DTYPES, choose_device
+from puna.errors import ModelError
+from puna.formats.agreement import Agreement, agreement
+from puna.formats.divergence import Divergence, diverge
+from puna.formats.layerwise import States, Tokens, build, logits, states, streamed_states
+from puna.formats.proof_tokens import ProofTokens, proof_tokens
+from puna.formats.provenance import PayloadHash
+from puna.formats.rounding import Samples, furthest
+from puna.formats.source import Source
+from puna.formats.verdict import Comparison, config_differences
+from puna.model.attention import fused
+from puna.model.config import ModelConfig
+from puna.model.counts import parameters
+from puna.model.llama import Llama
+from puna.model.weights import Packed, Weights, shapes
+from puna.progress import Track, Tracker, silent
+from puna.settings import Settings
+from puna.tokenizer.tokenizer import Tokenizer
+
+__all__ = ["Comparison", "VerifySettings", "compare"]
+
+_OPERATIONS = 3e12  # of one model: half a minute to a minute on two cores
+_TOKENS = (256, 2048)  # at least, and at most, where their number follows from that
+_PADDING = 1024  # vocabularies are padded to multiples of powers of two up to this
+_WAITING = 12  # tensors yet to be hashed: a layer's, so that hashing fills the time of computing
+
+
+class VerifySettings(Settings):
+    """How two models are compared.
+
+    Attributes:
+        low_memory: read one layer at a time. None: where both models in float32 would not fit into half of
+            the free memory.
+        device: what computes; the CPU, unless both models are to be compared on a GPU.
+        dtype: the type of computation, whatever the weights are stored in.
+        tokens: how many each model runs; None: 256 to 2,048, by the model's size.
+        greedy_tokens: length of each greedy continuation; none are made with `low_memory`, where each token
+            would read the model once.
+    """
+
+    low_memory: bool | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "float64"] = "float32"
+    tokens: int | None = Field(default=None, ge=16, le=65536)
+    greedy_tokens: int = Field(default=64, ge=0, le=1024)
+
+
+def compare(
+    a: Source,
+    b: Source,
+    settings: VerifySettings = VerifySettings(),
+    track: Track = silent,
+    *,
+    tokenizer_a: Tokenizer | Literal["own"] | None = "own",
+    tokenizer_b: Tokenizer | Literal["own"] | None = "own",
+) -> Comparison:
+    """Run the same tokens through both models and hold the results against each other.
+
+    Each model is read once and held alone, in memory or a layer of it. A tokenizer may be given in the place
+    of a model's own, None to leave it out.
+
+    Raises:
+        ModelError: the vocabularies are not comparable, or a model is damaged.
+        TokenizerError: a tokenizer cannot be opened.
+        SettingsError: there is no such device.
+    """
+    tokenizers = tuple(
+        source.tokenizer() if given == "own" else given
+        for source, given in ((a, tokenizer_a), (b, tokenizer_b))
+    )
+    reading = _reading(a, b, settings, *tokenizers)
+    with track("Comparing", sum(len(shapes(source.config)) for source in (a, b)), "tensors") as bar:
+        first = reading.read(a, bar)
+        second = reading.read(b, bar, first)
+        figures = reading.figures(first, second)
+    matter, harmless = config_differences(a.config, b.config)
+    both = _agreement(*tokenizers)
+    return Comparison(
+        stored_a=dict(first.hashes.stored),
+        stored_b=dict(second.hashes.stored),
+        sha256_a=first.hashes.hexdigest(),
+        sha256_b=second.hashes.hexdigest(),
+        config=matter,
+        told=(*harmless, *_told(a, b, tokenizers, both, reading)),
+        furthest=furthest(first.samples, second.samples),
+        divergence=figures,
+        parted=reading.parted(first, second) if reading.greedy else None,
+        greedy_tokens=reading.greedy,
+        tokenizers=both,
+        run={
+            **reading.summary(),
+            "equal_config": not matter and not any(_is_in_arithmetic(line) for line in harmless),
+        },
+    )
+
+
+def _reading(a: Source, b: Source, settings: VerifySettings, *tokenizers: Tokenizer | None) -> _Reading:
+    """What both models are to run, and how."""
+    vocabulary = _common_vocabulary(a.config, b.config, *tokenizers)
+    device = choose_device(settings.device)
+    low_memory = not _both_fit(a, b) if settings.low_memory is None else settings.low_memory
+    context = min(source.config.max_position_embeddings for source in (a, b))
+    total = settings.tokens or _affordable(max(parameters(source.config).total for source in (a, b)))
+    tokenizer = next((each for each in tokenizers if each is not None), None)
+    proof = proof_tokens(tokenizer, vocabulary, context, total, device)
+    greedy = 0 if low_memory else min(settings.greedy_tokens, max(0, context - proof.prompts.shape[1]))
+    return _Reading(DTYPES[settings.dtype], device, low_memory, vocabulary, proof, greedy)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What one pass over a model gave; `continued` are the greedy continuations that it ran."""
+
+    states: States
+    hashes: PayloadHash
+    samples: Samples
+    continued: Tensor | None
+
+    def flat(self, proof: ProofTokens) -> tuple[Tensor, Tensor | Packed]:
+        """Hidden states of all sequences (R, D), and the output projection."""
+        hidden = self.states.hidden[: len(proof.sequences)]
+        return torch.cat([each.flatten(0, 1) for each in hidden]), self.states.head
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How each of the two models is read and run."""
+
+    dtype: torch.dtype
+    device: torch.device
+    low_memory: bool
+    vocabulary: int
+    proof: ProofTokens
+    greedy: int
+
+    def read(self, source: Source, bar: Tracker, first: _Read | None = None) -> _Read:
+        """Hash a model's tensors and run its tokens; the second model also runs what the first wrote."""
+        hashes, samples = PayloadHash(), Samples(self.vocabulary)
+        weights = Weights(source.config, _Observed(source.weights, hashes, samples))
+        tokens = list(self.proof.sequences)
+        if self.low_memory:
+            found = streamed_states(weights, tokens, self.dtype, self.device, bar)
+            return _Read(found, hashes, samples, None)
+        model = build(weights, self.dtype, self.device, bar)
+        continued = None
+        if self.greedy:
+            continued = self._continued(model) if first is None else first.continued
+            assert continued is not None
+            tokens.append(Tokens(continued, torch.arange(continued.shape[1], device=self.device)[None]))
+        return _Read(states(model, tokens), hashes, samples, continued)
+
+    def figures(self, first: _Read, second: _Read) -> Divergence:
+        """How far the logits of all sequences are apart."""
+        proof = self.proof
+        rows = first.flat(proof), second.flat(proof)
+        return diverge(*rows, self.vocabulary, proof.targets(), proof.numbers())
+
+    def summary(self) -> dict[str, Any]:
+        """For the record."""
+        return {
+            "low_memory": self.low_memory,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "tokens": self.proof.count,
+            "sequences": sum(len(each.ids) for each in self.proof.sequences),
+            "furthest": self.proof.furthest,
+            "is_text": self.proof.is_text,
+            "vocabulary": self.vocabulary,
+        }
+
+    def parted(self, first: _Read, second: _Read) -> tuple[int | None, ...]:
+        """After how many tokens each continuation parts.
+
+        Both models have run the first one's continuations. Up to where they part, these are the second one's
+        too; and both choices come from the same computation, which that of the cache is not.
+        """
+        at = self.proof.prompts.shape[1] - 1
+        choices = []
+        for read in (first, second):
+            hidden = read.states.hidden[-1][:, at:-1]  # (P, greedy, D)
+            chosen = logits(hidden.flatten(0, 1), read.states.head, self.vocabulary).argmax(-1)
+            choices.append(chosen.view(hidden.shape[:2]))
+        differ = (choices[0] != choices[1]).cpu()  # (P, greedy)
+        return tuple(int(row.int().argmax()) if row.any() else None for row in differ)
+
+    @torch.no_grad()
+    def _continued(self, model: Llama) -> Tensor:
+        """The prompts (P, T) and the model's greedy continuations: (P, T + greedy)."""
+        ids = self.proof.prompts
+        end = ids.shape[1] + self.greedy
+        cache = _Held(torch.full((len(ids),), end, device=self.device), model.config.sliding_window)
+        fed, at = ids, 0
+        for _ in range(self.greedy):
+            positions = torch.arange(at, ids.shape[1], device=self.device).expand(len(ids), -1)
+            hidden = model.model(fed, positions, cache=cache)[:, -1]  # (P, D)
+            fed = logits(hidden, model.lm_head.weight, self.vocabulary).argmax(-1, keepdim=True)
+            at, ids = ids.shape[1], torch.cat((ids, fed), dim=1)
+        return ids
+
+
+@dataclass
+class _Held:
+    """A cache for prompts that come whole and tokens that come singly, all rows equally long."""
+
+    rope_lengths: Tensor | None
+    window: int | None
+    held: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+        """Of q (B, T, N, H) to all keys so far; (B, T, N, H)."""
+        if layer not in self.held:
+            self.held[layer] = k, v
+            return fused(q, k, v, mask=None, causal=True, dropout=0.0, window=self.window)
+        k, v = (torch.cat(pair, dim=1) for pair in zip(self.held[layer], (k, v), strict=True))
+        if self.window is not None:
+            k, v = k[:, -self.window :], v[:, -self.window :]
+        self.held[layer] = k, v
+        return fused(q, k, v, mask=None, causal=False, dropout=0.0)
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """A model's tensors, sampled, and hashed in a thread of its own while they are computed with."""
+
+    weights: Weights
+    hashes: PayloadHash
+    samples: Samples
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor | Packed]]:
+        waiting: deque[Future[None]] = deque()
+        with ThreadPoolExecutor(1) as pool:
+            for name, value in self.weights:
+                waiting.append(pool.submit(self.hashes.add, name, value))
+                if len(waiting) > _WAITING:
+                    waiting.popleft().result()
+                self.samples.add(name, value)
+                yield name, value
+            for job in waiting:
+                job.result()
+
+
+def _common_vocabulary(a: ModelConfig, b: ModelConfig, *tokenizers: Tokenizer | None) -> int:
+    """How many words both have; more are padding.
+
+    Raises:
+        ModelError: the vocabularies are not the same.
+    """
+    small, large = sorted((a.vocab_size, b.vocab_size))
+    words = {tokenizer.vocab_size for tokenizer in tokenizers if tokenizer is not None}
+    if small == large or (words and max(words) <= small):
+        return small
+    multiples = [2**power for power in range(3, 11) if 2**power <= _PADDING]
+    if 2 * large <= 3 * small and any(-(-small // size) * size == large for size in multiples):
+        return small
+    raise ModelError(
+        f"models of {a.vocab_size} and {b.vocab_size} words cannot be compared: ids of one mean nothing "
+        "to the other; choose two models of one vocabulary"
+    )
+
+
+def _both_fit(a: Source, b: Source) -> bool:
+    """Whether both in float32 take at most half of the free memory; not where that is unknown."""
+    needed = 4 * sum(parameters(source.config).total for source in (a, b))
+    return needed <= _free_memory() / 2
+
+
+def _free_memory() -> int:
+    """Bytes that can be had without swapping, 0 where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+
+
+def _affordable(weights: int) -> int:
+    least, most = _TOKENS
+    return int(max(least, min(most, _OPERATIONS / (2 * weights))))
+
+
+def _agreement(a: Tokenizer | None, b: Tokenizer | None) -> Agreement | None:
+    return None if a is None or b is None else agreement(a, b)
+
+
+def _is_in_arithmetic(line: str) -> bool:
+    """Whether a harmless difference of the config may still round differently."""
+    return line.startswith(("rope_", "rms_norm_eps"))
+
+
+def _told(
+    a: Source,
+    b: Source,
+    tokenizers: Sequence[Tokenizer | None],
+    both: Agreement | None,
+    reading: _Reading,
+) -> Iterator[str]:
+    """What differs without making the models different, and what was not compared."""
+    if a.end_ids != b.end_ids:
+        yield f"end tokens: {list(a.end_ids)} and {list(b.end_ids)}"
+    yield from () if both is None else both.notes
+    if (tokenizers[0] is None) != (tokenizers[1] is None):
+        yield f"only the {'first' if tokenizers[1] is None else 'second'} has a tokenizer"
+    if not reading.proof.is_text:
+        yield "neither has a tokenizer: random ids were run"
+    if reading.proof.strided:
+        yield f"positions of the longest sequence have gaps, to reach position {reading.proof.furthest:,}"
+    if reading.low_memory:
+        yield "one layer was held at a time: no greedy continuations were made"
