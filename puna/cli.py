@@ -217,7 +217,7 @@ def convert(
 
     Nothing is left at the destination unless it is whole and shown to be the same model (--no-verify: whole).
     """
-    from puna.formats.verify import VerifySettings
+    from puna.formats.proof.verify import VerifySettings
     from puna.progress import on_stderr
     from puna.recipes.convert import convert as run
     from puna.recipes.models import ModelChoice
@@ -252,7 +252,7 @@ def verify(
     Exit code 0: equal, within what their number types allow. 3: different. 2: they cannot be compared.
     """
     from puna.errors import CheckFailed
-    from puna.formats.verify import VerifySettings
+    from puna.formats.proof.verify import VerifySettings
     from puna.progress import on_stderr
     from puna.recipes.convert import verify as run
     from puna.recipes.models import ModelChoice

@@ -17,9 +17,9 @@ from puna.files import replace_directory, sync_directory, sync_tree
 from puna.formats import provenance
 from puna.formats.content import Content
 from puna.formats.opening import FORMATS, Format
+from puna.formats.proof.verify import Comparison, VerifySettings, compare
 from puna.formats.saving import check_destination, written_aside
 from puna.formats.source import Source
-from puna.formats.verify import Comparison, VerifySettings, compare
 from puna.model.counts import parameters
 from puna.model.weights import Packed, Weights
 from puna.progress import Track, Tracker, silent

@@ -9,8 +9,11 @@ from typing import Any
 
 from puna.errors import ModelError
 from puna.files import aside
-from puna.formats import gguf, huggingface, llama2c, meta
 from puna.formats.content import Content, Obstacle, Record
+from puna.formats.gguf import file as gguf
+from puna.formats.huggingface import directory as huggingface
+from puna.formats.llama2c import file as llama2c
+from puna.formats.meta import directory as meta
 from puna.formats.source import Source
 from puna.settings import Settings
 

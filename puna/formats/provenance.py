@@ -16,8 +16,8 @@ from torch import Tensor
 
 from puna import __version__
 from puna.errors import ModelError
+from puna.formats.huggingface.safetensors_writer import payload
 from puna.formats.json_files import read_object, write_object
-from puna.formats.safetensors_writer import payload
 from puna.model.config import ModelConfig
 from puna.model.weights import Packed, Weights
 from puna.tokenizer.tokenizer import Tokenizer

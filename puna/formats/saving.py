@@ -10,9 +10,10 @@ from typing import Any
 
 from puna.errors import ModelError
 from puna.files import disk_errors, replace_directory, sync_tree, temporary_beside
-from puna.formats import huggingface, provenance
+from puna.formats import provenance
 from puna.formats.content import Content
-from puna.formats.huggingface import HuggingFaceSettings
+from puna.formats.huggingface import directory as huggingface
+from puna.formats.huggingface.directory import HuggingFaceSettings
 from puna.model.weights import Weights
 from puna.tokenizer.tokenizer import Tokenizer
 

@@ -9,7 +9,7 @@ from typing import Any
 import puna.tokenizer
 from puna import formats
 from puna.formats.convert import convert as write
-from puna.formats.verify import VerifySettings, compare
+from puna.formats.proof.verify import VerifySettings, compare
 from puna.progress import Track
 
 Say = Callable[[str], None]

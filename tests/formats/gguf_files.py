@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from puna.formats import gguf
 from puna.formats.content import Content
-from puna.formats.gguf import GgufSettings
+from puna.formats.gguf import file as gguf
+from puna.formats.gguf.file import GgufSettings
 from puna.model.llama import Llama
 from puna.model.weights import Packed, Weights, weights_of
 from puna.tokenizer.tiktoken_reader import TiktokenCodec

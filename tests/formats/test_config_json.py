@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from puna.errors import ModelError
-from puna.formats.config_json import read_bos_id, read_config, read_end_ids, write_config
+from puna.formats.huggingface.config_json import read_bos_id, read_config, read_end_ids, write_config
 from puna.model.config import ModelConfig
 from tests.formats.damage import bent
 from tests.model.shapes import CONFIGS

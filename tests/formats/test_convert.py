@@ -18,7 +18,7 @@ from puna.errors import CheckFailed, ModelError, ResourceError, SettingsError
 from puna.formats import opening, provenance
 from puna.formats.convert import Conversion, convert
 from puna.formats.opening import FORMATS
-from puna.formats.verify import VerifySettings
+from puna.formats.proof.verify import VerifySettings
 from puna.model.config import ModelConfig
 from puna.model.weights import Weights, weights_of
 from puna.tokenizer.chat import TEMPLATES, render

@@ -11,8 +11,8 @@ import pytest
 
 from puna import formats
 from puna.errors import ModelError
-from puna.formats.huggingface import CONFIG, GENERATION, HuggingFaceSettings
-from puna.formats.safetensors_reader import INDEX, SINGLE
+from puna.formats.huggingface.directory import CONFIG, GENERATION, HuggingFaceSettings
+from puna.formats.huggingface.safetensors_reader import INDEX, SINGLE
 from puna.model.weights import weights_of
 from tests.formats.damage import bent, bounded, cut_or_flipped, fuzz, read_whole
 from tests.model.shapes import CONFIGS, model_of

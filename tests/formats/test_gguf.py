@@ -15,8 +15,8 @@ from puna import formats
 from puna.devices import DTYPES
 from puna.errors import ModelError
 from puna.formats.content import Content
-from puna.formats.gguf import GgufSettings, obstacles
-from puna.formats.gguf_config import gguf_name
+from puna.formats.gguf.config import gguf_name
+from puna.formats.gguf.file import GgufSettings, obstacles
 from puna.formats.packed import BLOCKS, block_sizes, expanded, pack, pack_int8, plain
 from puna.formats.rotary import interleaved
 from puna.model.config import ModelConfig

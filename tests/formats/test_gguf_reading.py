@@ -14,7 +14,7 @@ from gguf import GGUFValueType as Type
 
 from puna import formats
 from puna.errors import InputError, ModelError
-from puna.formats.gguf_rope import OURS, decimal
+from puna.formats.gguf.rope import OURS, decimal
 from puna.formats.packed import plain
 from puna.model.config import ModelConfig
 from puna.model.rope import SCALINGS

@@ -18,7 +18,7 @@ import puna.tokenizer
 from puna import formats
 from puna.errors import TokenizerError
 from puna.formats.content import Content
-from puna.formats.gguf import GgufSettings, obstacles
+from puna.formats.gguf.file import GgufSettings, obstacles
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
 from puna.model.weights import weights_of

@@ -16,9 +16,9 @@ from puna.devices import DTYPES
 from puna.errors import ModelError, ResourceError
 from puna.formats import provenance
 from puna.formats.casting import is_finite
-from puna.formats.huggingface import CONFIG, GENERATION, HuggingFaceSettings
+from puna.formats.huggingface.directory import CONFIG, GENERATION, HuggingFaceSettings
+from puna.formats.huggingface.safetensors_reader import INDEX, SINGLE
 from puna.formats.packed import pack, unpack
-from puna.formats.safetensors_reader import INDEX, SINGLE
 from puna.model.llama import Llama
 from puna.model.weights import Weights, load_weights, weights_of
 from puna.tokenizer.train import TokenizerSettings, train

@@ -14,9 +14,9 @@ import torch
 import puna
 from puna import formats
 from puna.errors import ModelError, SettingsError
-from puna.formats import llama2c
 from puna.formats.content import Content
-from puna.formats.llama2c import Llama2cSettings
+from puna.formats.llama2c import file as llama2c
+from puna.formats.llama2c.file import Llama2cSettings
 from puna.formats.packed import expanded
 from puna.formats.source import Source
 from puna.model.config import ModelConfig

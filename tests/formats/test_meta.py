@@ -18,10 +18,11 @@ from torch import Tensor
 import puna.tokenizer
 from puna import formats
 from puna.errors import ModelError
-from puna.formats import meta, provenance
+from puna.formats import provenance
 from puna.formats.content import Content
-from puna.formats.meta import MetaSettings
-from puna.formats.meta_params import feed_forward_rule
+from puna.formats.meta import directory as meta
+from puna.formats.meta.directory import MetaSettings
+from puna.formats.meta.params import feed_forward_rule
 from puna.formats.packed import pack, unpack
 from puna.formats.source import Source
 from puna.model.config import ModelConfig
@@ -307,7 +308,7 @@ def opened_as(tmp_path: Path, **params: Any) -> Source:
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("puna")])
 def test_every_preset_is_found_again_by_what_is_written(name: str) -> None:
-    from puna.formats.meta_params import Told, read_params, write_params
+    from puna.formats.meta.params import Told, read_params, write_params
 
     preset = PRESETS[name]
     told = Told(preset.vocab_size, preset.intermediate_size, preset.hidden_size, preset.tie_word_embeddings)
@@ -323,7 +324,7 @@ def test_every_preset_is_found_again_by_what_is_written(name: str) -> None:
 
 def test_metas_own_params(tmp_path: Path) -> None:
     """As published, with what they say and what they do not."""
-    from puna.formats.meta_params import Told, read_params
+    from puna.formats.meta.params import Told, read_params
 
     published = {
         "llama-7b": {

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from puna import formats
 from puna.errors import ModelError
-from puna.formats.safetensors_reader import SINGLE as SAFETENSORS
+from puna.formats.huggingface.safetensors_reader import SINGLE as SAFETENSORS
 from puna.model.llama import Llama
 from puna.model.weights import load_weights, weights_of
 from tests.formats.conftest import edit

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from puna.errors import ModelError
-from puna.formats.torch_archive import TensorDictionary, read_archive, recognises
-from puna.formats.torch_writer import TorchWriter
+from puna.formats.archives.torch_archive import TensorDictionary, read_archive, recognises
+from puna.formats.archives.torch_writer import TorchWriter
 from tests.formats.damage import bounded, fuzz
 from tests.formats.torch_damage import (
     HOSTILE,
@@ -145,7 +145,7 @@ def test_records_are_aligned_checked_and_stored_once(tmp_path: Path) -> None:
 
 
 def test_sizes_beyond_four_bytes_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("puna.formats.torch_writer._WIDE", 8)
+    monkeypatch.setattr("puna.formats.archives.torch_writer._WIDE", 8)
     monkeypatch.setattr("zipfile.ZIP64_LIMIT", 100)
     monkeypatch.setattr("zipfile.ZIP_FILECOUNT_LIMIT", 2)
     with TorchWriter(tmp_path / "w.pth") as writer:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from puna import formats
 from puna.engine.llm import LLM
 from puna.errors import ModelError
+from puna.formats.huggingface.config_json import read_config
 from puna.formats.packed import expanded
 from puna.model.llama import Llama
 from puna.model.weights import load_weights, weights_of
@@ -203,7 +204,7 @@ def published(values: dict[str, Any], directory: Path, dtype: torch.dtype = torc
 
 def read_here(values: dict[str, Any], directory: Path) -> Any:
     """Our reading of the file."""
-    return formats.config_json.read_config(json.loads(json.dumps(values)), str(directory))
+    return read_config(json.loads(json.dumps(values)), str(directory))
 
 
 def opened(directory: Path, dtype: torch.dtype = torch.float32) -> Llama:

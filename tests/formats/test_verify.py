@@ -19,17 +19,17 @@ from puna import formats
 from puna.devices import DTYPES
 from puna.errors import ModelError
 from puna.formats import provenance
-from puna.formats.agreement import agreement
-from puna.formats.divergence import NO_TARGET, diverge
-from puna.formats.layerwise import Tokens, build, states, streamed_states
-from puna.formats.layerwise import logits as projected
 from puna.formats.packed import BLOCKS, INT8, block_sizes, pack, pack_int8, unpack
-from puna.formats.proof_tokens import proof_tokens
+from puna.formats.proof.agreement import agreement
+from puna.formats.proof.divergence import NO_TARGET, diverge
+from puna.formats.proof.layerwise import Tokens, build, states, streamed_states
+from puna.formats.proof.layerwise import logits as projected
+from puna.formats.proof.rounding import LIMITS
+from puna.formats.proof.tokens import proof_tokens
+from puna.formats.proof.verdict import config_differences
+from puna.formats.proof.verify import VerifySettings, compare
 from puna.formats.rotary import interleaved
-from puna.formats.rounding import LIMITS
 from puna.formats.source import Source
-from puna.formats.verdict import config_differences
-from puna.formats.verify import VerifySettings, compare
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
 from puna.model.rope import LinearScaling, Llama3Scaling
@@ -602,7 +602,7 @@ import math, resource
 from pathlib import Path
 import torch
 from puna.formats.source import Source
-from puna.formats.verify import VerifySettings, compare
+from puna.formats.proof.verify import VerifySettings, compare
 from puna.model.config import ModelConfig
 from puna.model.counts import parameters
 from puna.model.weights import Weights, shapes

@@ -18,9 +18,9 @@ from torch import Tensor
 from puna.errors import ModelError
 from puna.formats.casting import stored
 from puna.formats.content import Record
+from puna.formats.huggingface.safetensors_reader import DTYPES as STORED
+from puna.formats.huggingface.safetensors_reader import INDEX, SINGLE
 from puna.formats.json_files import write_object
-from puna.formats.safetensors_reader import DTYPES as STORED
-from puna.formats.safetensors_reader import INDEX, SINGLE
 from puna.model.weights import Packed, Weights, shapes
 
 CODES = {dtype: code for code, dtype in STORED.items()}

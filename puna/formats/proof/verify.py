@@ -15,14 +15,14 @@ from torch import Tensor
 
 from puna.devices import DTYPES, choose_device
 from puna.errors import ModelError
-from puna.formats.agreement import Agreement, agreement
-from puna.formats.divergence import Divergence, diverge
-from puna.formats.layerwise import States, Tokens, build, logits, states, streamed_states
-from puna.formats.proof_tokens import ProofTokens, proof_tokens
+from puna.formats.proof.agreement import Agreement, agreement
+from puna.formats.proof.divergence import Divergence, diverge
+from puna.formats.proof.layerwise import States, Tokens, build, logits, states, streamed_states
+from puna.formats.proof.rounding import Samples, furthest
+from puna.formats.proof.tokens import ProofTokens, proof_tokens
+from puna.formats.proof.verdict import Comparison, config_differences
 from puna.formats.provenance import PayloadHash
-from puna.formats.rounding import Samples, furthest
 from puna.formats.source import Source
-from puna.formats.verdict import Comparison, config_differences
 from puna.model.attention import fused
 from puna.model.config import ModelConfig
 from puna.model.counts import parameters

@@ -14,9 +14,9 @@ from torch import Tensor
 from puna.devices import DTYPES
 from puna.errors import ModelError, nearest
 from puna.formats.casting import is_finite
-from puna.formats.gguf_config import gguf_name, read_config
-from puna.formats.gguf_header import Entry
-from puna.formats.gguf_rope import DIVISORS
+from puna.formats.gguf.config import gguf_name, read_config
+from puna.formats.gguf.header import Entry
+from puna.formats.gguf.rope import DIVISORS
 from puna.formats.packed import BLOCKS, scales_are_finite
 from puna.formats.rotary import half_split
 from puna.formats.tensor_files import listed

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from puna.errors import ModelError, SettingsError
-from puna.formats.gguf_header import brief
-from puna.formats.gguf_rope import BASE, decimal, read_scaling, scaling_metadata
+from puna.formats.gguf.header import brief
+from puna.formats.gguf.rope import BASE, decimal, read_scaling, scaling_metadata
 from puna.model.config import ModelConfig
 from puna.settings import parse
 

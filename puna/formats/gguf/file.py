@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from puna.errors import ModelError, TokenizerError
-from puna.formats import gguf_header, gguf_tokenizer
 from puna.formats.casting import Choice
 from puna.formats.content import Content, Obstacle, Record
-from puna.formats.gguf_config import check_architecture, config_metadata
-from puna.formats.gguf_header import Entry, Header, brief, read_header
-from puna.formats.gguf_tensors import GgufTensors
-from puna.formats.gguf_vocabulary import check_tokenizer, tokenizer_metadata
-from puna.formats.gguf_writer import write_file
+from puna.formats.gguf import header as gguf_header
+from puna.formats.gguf import tokenizer as gguf_tokenizer
+from puna.formats.gguf.config import check_architecture, config_metadata
+from puna.formats.gguf.header import Entry, Header, brief, read_header
+from puna.formats.gguf.tensors import GgufTensors
+from puna.formats.gguf.vocabulary import check_tokenizer, tokenizer_metadata
+from puna.formats.gguf.writer import write_file
 from puna.formats.packed import BLOCKS, block_sizes, plain
 from puna.formats.source import Source
 from puna.formats.tensor_files import listed, shown

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from puna.errors import ModelError
+from puna.formats.archives.torch_pickle import read_pickle
+from puna.formats.archives.zip_directory import Member, members
 from puna.formats.tensor_files import Kind
-from puna.formats.torch_pickle import read_pickle
-from puna.formats.zip_directory import Member, members
 
 _PICKLE = 16 << 20  # bytes; the largest Llama's takes a fifth of a megabyte
 _OLD = (

@@ -14,8 +14,10 @@ from typing import Literal
 from pydantic import Field
 
 import puna.tokenizer
-from puna.formats import yi_names
-from puna.formats.config_json import (
+from puna.formats.archives.torch_archive import PYTORCH_BIN
+from puna.formats.content import Content, Obstacle, Record
+from puna.formats.huggingface import yi_names
+from puna.formats.huggingface.config_json import (
     is_yi,
     read_bos_id,
     read_config,
@@ -23,13 +25,11 @@ from puna.formats.config_json import (
     token_ids,
     write_config,
 )
-from puna.formats.content import Content, Obstacle, Record
+from puna.formats.huggingface.safetensors_reader import SAFETENSORS
+from puna.formats.huggingface.safetensors_writer import write_tensors
 from puna.formats.json_files import read_object, write_object
-from puna.formats.safetensors_reader import SAFETENSORS
-from puna.formats.safetensors_writer import write_tensors
 from puna.formats.source import Source
 from puna.formats.tensor_files import TensorFiles, find
-from puna.formats.torch_archive import PYTORCH_BIN
 from puna.model.weights import Weights
 from puna.settings import Settings
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from puna.errors import TokenizerError
 from puna.formats.content import Content
-from puna.formats.gguf_pretokenizers import name_of
-from puna.formats.gguf_tokenizer import (
+from puna.formats.gguf.pretokenizers import name_of
+from puna.formats.gguf.tokenizer import (
     ADD_BOS,
     ADD_EOS,
     BOS,

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from puna.formats.casting import Choice, stored
 from puna.formats.content import Record
-from puna.formats.gguf_config import gguf_name
-from puna.formats.gguf_rope import DIVISORS, divisors
+from puna.formats.gguf.config import gguf_name
+from puna.formats.gguf.rope import DIVISORS, divisors
+from puna.formats.huggingface.safetensors_writer import payload
 from puna.formats.packed import BLOCKS
 from puna.formats.rotary import interleaved
-from puna.formats.safetensors_writer import payload
 from puna.model.config import ModelConfig
 from puna.model.weights import Packed, Weights, shapes
 

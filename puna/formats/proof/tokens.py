@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from puna.formats.divergence import NO_TARGET
-from puna.formats.layerwise import Tokens
-from puna.formats.proof_texts import TEXT
+from puna.formats.proof.divergence import NO_TARGET
+from puna.formats.proof.layerwise import Tokens
+from puna.formats.proof.texts import TEXT
 from puna.tokenizer.tokenizer import Tokenizer
 
 _PIECE = 256  # tokens of a piece at most

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from puna.errors import ModelError, nearest
-from puna.formats.meta_names import DERIVED, from_meta, to_meta
-from puna.formats.meta_params import Told
+from puna.formats.archives.torch_archive import TensorDictionary
+from puna.formats.meta.names import DERIVED, from_meta, to_meta
+from puna.formats.meta.params import Told
 from puna.formats.rotary import half_split
 from puna.formats.tensor_files import listed
-from puna.formats.torch_archive import TensorDictionary
 from puna.model.config import ModelConfig
 
 EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from puna.errors import ModelError
-from puna.formats.layerwise import logits
+from puna.formats.proof.layerwise import logits
 from puna.model.weights import Packed
 
 NO_TARGET = -1

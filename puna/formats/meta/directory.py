@@ -16,17 +16,17 @@ from torch import Tensor
 import puna.tokenizer
 from puna.errors import ModelError
 from puna.formats import provenance
+from puna.formats.archives.torch_writer import Stored, TorchWriter
 from puna.formats.casting import stored
-from puna.formats.config_json import read_bos_id, read_end_ids, token_ids
 from puna.formats.content import Content, Obstacle, Record
+from puna.formats.huggingface.config_json import read_bos_id, read_end_ids, token_ids
 from puna.formats.json_files import read_object, write_object
-from puna.formats.meta_names import to_meta
-from puna.formats.meta_params import PARAMS, read_params, unsaid, write_params
-from puna.formats.meta_shards import EMBEDDING, HEAD, Ranks, WholeTensors, cut
+from puna.formats.meta.names import to_meta
+from puna.formats.meta.params import PARAMS, read_params, unsaid, write_params
+from puna.formats.meta.shards import EMBEDDING, HEAD, Ranks, WholeTensors, cut
 from puna.formats.rotary import interleaved
 from puna.formats.source import Source
 from puna.formats.tensor_files import TensorFiles, listed
-from puna.formats.torch_writer import Stored, TorchWriter
 from puna.model.rope import Llama3Scaling, NoScaling
 from puna.model.weights import Packed, Weights
 from puna.settings import Settings

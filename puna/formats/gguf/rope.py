@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from puna.errors import ModelError
-from puna.formats.gguf_header import brief
+from puna.formats.gguf.header import brief
 from puna.model.rope import (
     DynamicScaling,
     LinearScaling,

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from puna.errors import TokenizerError
-from puna.formats.proof_texts import CONVERSATIONS, HARD, TEXT
+from puna.formats.proof.texts import CONVERSATIONS, HARD, TEXT
 from puna.tokenizer.chat import render
 from puna.tokenizer.tokenizer import Tokenizer
 

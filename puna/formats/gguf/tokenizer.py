@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from puna.errors import TokenizerError
-from puna.formats.gguf_header import brief
-from puna.formats.gguf_pretokenizers import PRETOKENIZERS, Pretokenizer
+from puna.formats.gguf.header import brief
+from puna.formats.gguf.pretokenizers import PRETOKENIZERS, Pretokenizer
 from puna.tokenizer.codec import BYTE_PIECE, VOCABULARY_LIMIT, Codec
 from puna.tokenizer.export import added_tokens
 from puna.tokenizer.json_reader import JsonCodec

@@ -14,12 +14,16 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from puna.errors import ModelError
-from puna.formats import llama2c_checkpoint, llama2c_limits, rotary, torch_archive
+from puna.formats import rotary
+from puna.formats.archives import torch_archive
 from puna.formats.beside import tokenizer_beside
 from puna.formats.casting import is_finite, stored
 from puna.formats.content import Content, Obstacle, Record
-from puna.formats.llama2c_checkpoint import CheckpointTensors
-from puna.formats.llama2c_layout import (
+from puna.formats.huggingface.safetensors_writer import payload
+from puna.formats.llama2c import checkpoint as llama2c_checkpoint
+from puna.formats.llama2c import limits as llama2c_limits
+from puna.formats.llama2c.checkpoint import CheckpointTensors
+from puna.formats.llama2c.layout import (
     EPS,
     LARGEST,
     MAGIC,
@@ -34,9 +38,8 @@ from puna.formats.llama2c_layout import (
     tensor_bytes,
     write_header,
 )
-from puna.formats.llama2c_limits import BOS, EOS
+from puna.formats.llama2c.limits import BOS, EOS
 from puna.formats.packed import INT8, pack_int8, plain, unpack
-from puna.formats.safetensors_writer import payload
 from puna.formats.source import Source
 from puna.model.config import ModelConfig
 from puna.model.weights import Packed, Weights, shapes

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from puna.errors import ModelError, SettingsError
 from puna.formats import rotary
+from puna.formats.archives.torch_archive import read_archive
+from puna.formats.archives.torch_writer import TorchWriter
 from puna.formats.casting import stored
 from puna.formats.content import Record
-from puna.formats.llama2c_layout import EPS, THETA
-from puna.formats.meta_names import DERIVED, from_meta, to_meta
+from puna.formats.llama2c.layout import EPS, THETA
+from puna.formats.meta.names import DERIVED, from_meta, to_meta
 from puna.formats.tensor_files import TensorFiles, shown
-from puna.formats.torch_archive import read_archive
-from puna.formats.torch_writer import TorchWriter
 from puna.model.config import ModelConfig
 from puna.model.weights import Packed, Weights
 from puna.settings import parse

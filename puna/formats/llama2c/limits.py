@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from puna.errors import TokenizerError
 from puna.formats.content import Content, Obstacle
-from puna.formats.llama2c_layout import EPS, LARGEST, THETA
+from puna.formats.llama2c.layout import EPS, LARGEST, THETA
 from puna.model.config import ModelConfig
 from puna.model.rope import NoScaling
 from puna.model.weights import Weights

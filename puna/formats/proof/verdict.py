@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from puna.formats.agreement import Agreement
-from puna.formats.divergence import Divergence
-from puna.formats.rounding import LIMITS, Furthest, Limit, coarsest
+from puna.formats.proof.agreement import Agreement
+from puna.formats.proof.divergence import Divergence
+from puna.formats.proof.rounding import LIMITS, Furthest, Limit, coarsest
 from puna.model.config import ModelConfig
 from puna.settings import differences
 

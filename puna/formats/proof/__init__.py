@@ -1,0 +1,11 @@
+"""Proof that two models are the same.
+
+verify.py      compare: run the same tokens through both
+verdict.py     what that found, and whether they are
+layerwise.py   hidden states of a model in memory, or read layer by layer
+divergence.py  how far logits are apart
+rounding.py    what each stored type may change
+agreement.py   whether tokenizers and templates are the same
+tokens.py      which tokens are run
+texts.py       the text and the strings they come from
+"""
