@@ -77,8 +77,9 @@ def convert(
     """
     format = _format(to)
     wanted, expanding = _wanted(source, to, settings or {})
-    target = Path(destination).absolute()
+    target = Path(destination).resolve()  # a link or ".." may lead to where the source lies
     _check_target(source, target, format, force)
+    training = _training(source)
     content, left_out = _content(source, tokenizer, weights_only)
     content, more = _without_obstacles(content, to, format, wanted, weights_only)
     with written_aside(target) as place:
@@ -87,9 +88,7 @@ def convert(
         hashes = _Hashes(provenance.PayloadHash(), None if verify else provenance.PayloadHash())
         notes = (*source.notes, *expanding, *_written(format, new, content, wanted, hashes, track, to))
         record = {
-            **provenance.record(
-                hashes.written, content.config, content.tokenizer, training=_training(source)
-            ),
+            **provenance.record(hashes.written, content.config, content.tokenizer, training=training),
             "conversion": {
                 "format": to,
                 "settings": wanted.model_dump(mode="json", exclude_none=True),
@@ -139,13 +138,22 @@ def _wanted(source: Source, to: str, given: Mapping[str, Any]) -> tuple[Any, lis
 
 def _check_target(source: Source, target: Path, format: Format, force: bool) -> None:
     check_destination(target, force, lambda path: any(row.recognises(path) for row in FORMATS.values()))
-    if source.path.absolute().is_relative_to(target):
+    if any(file.resolve().is_relative_to(target) for file in _files(source.path)):
         raise ModelError(f"{target} is where the source lies, and would be replaced; choose another name")
+    if Path.cwd().is_relative_to(target):  # whoever stands in it would be left in one that is gone
+        raise ModelError(f"{target} is the working directory, and would be replaced; choose another name")
     is_empty = target.is_dir() and not any(target.iterdir())
     if target.exists() and not is_empty and target.is_dir() != format.is_directory:
         kinds = ("a file", "a directory")
         there, ours = kinds[target.is_dir()], kinds[format.is_directory]
         raise ModelError(f"{target} is {there}, and this format is {ours}; choose another name")
+
+
+def _files(model: Path) -> Iterator[Path]:
+    """What a model is read from: its file, or its directory and the files in it, which may be links."""
+    yield model
+    if model.is_dir():
+        yield from model.iterdir()
 
 
 def _content(
@@ -243,8 +251,6 @@ def _about(
 def _put(place: Path, new: Path, target: Path, format: Format, force: bool) -> None:
     """Give what lies in `place` its names, the model last."""
     if format.is_directory:
-        if target.is_file():
-            target.unlink()
         replace_directory(new, target)
         return
     beside = sorted(path for path in place.iterdir() if path != new)

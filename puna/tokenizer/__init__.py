@@ -11,6 +11,7 @@ json_reader.py           tokenizer.json of Hugging Face
 stream.py                ids → text as they come, never half a character
 specials.py              where special tokens stand in a text
 sidecar.py               tokenizer_config.json and the other files beside a tokenizer
+model_file.py            a tokenizer.model for tokenizers that came as tokenizer.json
 saving.py, export.py     a directory that transformers opens with the same ids
 merges.py, protobuf.py   BPE merges from scores or ranks; SentencePiece's own file format
 train.py                 a new tokenizer, by LLaMA's rules

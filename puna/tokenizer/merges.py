@@ -8,6 +8,7 @@ names every way to split every token, the tokens in order.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator
+from itertools import groupby
 from typing import TypeVar
 
 Text = TypeVar("Text", str, bytes)
@@ -27,3 +28,15 @@ def merges(tokens: Iterable[Text], vocabulary: Container[Text]) -> Iterator[tupl
             left, right = token[:cut], token[cut:]
             if left in vocabulary and right in vocabulary:
                 yield left, right
+
+
+def by_token(pairs: Iterable[tuple[Text, Text]]) -> list[frozenset[tuple[Text, Text]]]:
+    """A list of merges as one set for each token, in order: two lists that agree in it give the same ids.
+
+    Published files order the pairs of one token by their ids. That order decides nothing: two pairs of one
+    token never compete, since what stands left has merged first.
+
+    >>> by_token([("a", "b"), ("ab", "c"), ("a", "bc")]) == by_token([("a", "b"), ("a", "bc"), ("ab", "c")])
+    True
+    """
+    return [frozenset(group) for _, group in groupby(pairs, key=lambda pair: pair[0] + pair[1])]

@@ -12,7 +12,7 @@ from typing import Any
 from puna.errors import TokenizerError
 from puna.tokenizer import export
 from puna.tokenizer.codec import BYTE_PIECE, PLACEHOLDER, VOCABULARY_LIMIT
-from puna.tokenizer.merges import merges
+from puna.tokenizer.merges import by_token, merges
 from puna.tokenizer.protobuf import BPE, BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 
 Row = tuple[str, float, int]
@@ -188,8 +188,8 @@ def _type(text: str, added: Mapping[str, Any] | None, model: Mapping[str, Any]) 
 def _check_merges(rows: Sequence[Row], pairs: list[tuple[str, str]]) -> None:
     normal = [row for row in rows if row[2] == NORMAL]
     ordered = [text for text, _, _ in sorted(normal, key=lambda row: -row[1])]
-    implied = list(merges(ordered, {text for text, _, _ in normal}))
-    _refuse({"no scores give its merges in their order": implied != pairs})
+    implied = merges(ordered, {text for text, _, _ in normal})
+    _refuse({"no scores give its merges in their order": by_token(implied) != by_token(pairs)})
 
 
 def _spaces(document: Mapping[str, Any], rows: Sequence[Row]) -> tuple[bool, bool]:

@@ -213,6 +213,42 @@ def test_an_existing_destination_needs_force(hf: Path, tmp_path: Path) -> None:
         converted(hf, tmp_path / "m.gguf", "hf", force=True)
 
 
+def test_the_source_is_never_replaced_by_another_way_to_it(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = converted(hf, tmp_path / "copy", "hf", verify=None).path
+    before = sorted(path.name for path in copy.iterdir())
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "alias").symlink_to("copy")
+    (tmp_path / "cache").mkdir()  # as the hub's cache is, files are links
+    for path in copy.iterdir():
+        (tmp_path / "cache" / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    for source, target in itertools.product(("copy", "alias", "deep/../copy", "cache"), ("copy", "alias")):
+        with pytest.raises(ModelError, match="where the source lies"):
+            converted(Path(source), Path(target), "meta", verify=None, force=True)
+    with pytest.raises(ModelError, match="where the source lies"):
+        converted(Path("copy"), Path("deep/../copy"), "meta", verify=None, force=True)
+    assert sorted(path.name for path in copy.iterdir()) == before
+    assert converted(Path("cache"), Path("deep/../new/"), "hf", verify=None).path == tmp_path / "new"
+
+
+def test_the_working_directory_is_not_replaced_under_who_stands_in_it(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="is the working directory"):
+        converted(hf, Path(), "hf", verify=None)
+
+
+def test_a_damaged_record_of_the_source_is_told_before_anything_is_written(hf: Path, tmp_path: Path) -> None:
+    copy = converted(hf, tmp_path / "copy", "hf", verify=None).path
+    (copy / "puna.json").write_text('{"format_version": 9}')
+    with pytest.raises(ModelError, match="update Puna"):
+        converted(copy, tmp_path / "new" / "m.gguf", "gguf", verify=None)
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_source_is_never_replaced(hf: Path, tmp_path: Path) -> None:
     copy = converted(hf, tmp_path / "copy", "hf").path
     with pytest.raises(ModelError, match="where the source lies"):

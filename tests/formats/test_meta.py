@@ -549,13 +549,28 @@ def test_what_cannot_be_held_is_said_before_anything_is_written(
         assert not list(meta.obstacles(found[0].without, MetaSettings(shards=shards)))
 
 
+def test_a_tokenizer_json_becomes_a_model_file(tmp_path: Path) -> None:
+    tokenizer = train([inspect.getsource(ArgumentParser)], TokenizerSettings(vocab_size=400))
+    tokenizer.save(tmp_path / "json")
+    (tmp_path / "json" / "tokenizer.model").unlink()
+    model = model_of(CONFIGS["grouped"].model_copy(update={"vocab_size": 400}))
+    content = Content(weights_of(model), puna.tokenizer.load(tmp_path / "json"))
+    assert not list(meta.obstacles(content, MetaSettings()))
+    meta.write(tmp_path / "meta", content, MetaSettings(), lambda name, value: None)
+    found = meta.read(tmp_path / "meta").tokenizer()
+    assert found is not None
+    for text in ["", "  two  spaces", "def f(x):\n\treturn x", "é 日本 😀 <s>"]:
+        assert found.encode(text) == tokenizer.encode(text)
+
+
 def test_a_tokenizer_of_another_kind_cannot_be_held(tmp_path: Path) -> None:
     tokenizer = train([inspect.getsource(ArgumentParser)], TokenizerSettings(vocab_size=400))
     tokenizer.save(tmp_path)
     (tmp_path / "tokenizer.model").unlink()
+    edit(tmp_path / "tokenizer.json", lambda values: values.update(normalizer={"type": "NFC"}))
     content = Content(weights_of(model_of(CONFIGS["grouped"])), puna.tokenizer.load(tmp_path))
     (found,) = meta.obstacles(content, MetaSettings())
-    assert "it has no tokenizer.model" in found.what
+    assert "cannot be written as a SentencePiece model" in found.what
     assert found.without.tokenizer is None
 
 

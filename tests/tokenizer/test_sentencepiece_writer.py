@@ -180,8 +180,14 @@ def test_a_metaspace_that_puts_nothing_before_a_text(document: Document) -> None
         assert codec.encode(text, True) == library.encode(text, add_special_tokens=False).ids, text
 
 
+def torn_apart(merges: list[list[str]]) -> None:
+    """The pairs of one token in two places of the order."""
+    place = next(i for i, pair in enumerate(merges) if "".join(pair) == "".join(merges[i + 1]))
+    merges.append(merges.pop(place))
+
+
 CHANGES: dict[str, Callable[[Document], object]] = {
-    "in an order that no scores give|scores give its merges": lambda d: d["model"]["merges"].reverse(),
+    "no scores give its merges in their order": lambda d: torn_apart(d["model"]["merges"]),
     "scores give its merges": lambda d: d["model"]["merges"].pop(),
     "BPE": lambda d: d["model"].update(type="Unigram"),
     "no token for what is unknown": lambda d: d["model"].update(unk_token=None),

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 import puna.tokenizer
-from puna.errors import ModelError
+from puna.errors import ModelError, TokenizerError
 from puna.formats import provenance
 from puna.formats.archives.torch_writer import Stored, TorchWriter
 from puna.formats.casting import stored
@@ -31,6 +31,7 @@ from puna.model.rope import Llama3Scaling, NoScaling
 from puna.model.weights import Packed, Weights
 from puna.settings import Settings
 from puna.tokenizer import saving
+from puna.tokenizer.model_file import model_file
 from puna.tokenizer.tokenizer import Tokenizer
 
 GENERATION, TOKENIZER = "generation_config.json", "tokenizer.model"
@@ -103,11 +104,11 @@ def obstacles(content: Content, settings: MetaSettings) -> Iterator[Obstacle]:
             f"the rotary scaling {scaling.rope_type!r} of this model",
             _reshaped(content, rope_scaling=NoScaling()),
         )
-    if content.tokenizer is not None and TOKENIZER not in content.tokenizer.codec.originals():
-        yield Obstacle(
-            f"a tokenizer of the kind {content.tokenizer.kind}: it has no {TOKENIZER}",
-            replace(content, tokenizer=None),
-        )
+    if content.tokenizer is not None:
+        try:
+            model_file(content.tokenizer.codec)
+        except TokenizerError as error:
+            yield Obstacle(f"its tokenizer: {error}", replace(content, tokenizer=None))
 
 
 def write(target: Path, content: Content, settings: MetaSettings, record: Record) -> list[str]:
@@ -120,7 +121,7 @@ def write(target: Path, content: Content, settings: MetaSettings, record: Record
         OSError: as it comes; the directory is then incomplete.
     """
     target.mkdir(parents=True)
-    config, tokenizer = content.config, content.tokenizer
+    config, tokenizer = content.config, _original(content.tokenizer)
     by_rows = _is_tiktoken(tokenizer)
     _write_tensors(target, content.weights, settings, 0 if by_rows else 1, record)
     write_object(target / PARAMS, write_params(config, explicit_theta=by_rows))
@@ -195,13 +196,28 @@ def _tokenizer(directory: Path) -> tuple[Any, list[str]]:
     return None, []
 
 
+def _original(tokenizer: Tokenizer | None) -> Tokenizer | None:
+    """The same tokenizer as a tokenizer.model has it."""
+    if tokenizer is None:
+        return None
+    return Tokenizer(model_file(tokenizer.codec), tokenizer.end_ids, tokenizer.chat_template)
+
+
 def _is_tiktoken(tokenizer: Tokenizer | None) -> bool:
     return tokenizer is not None and tokenizer.kind == "tiktoken"
 
 
+def _cuts_rows(tokenizer: Tokenizer | None) -> bool:
+    """Whether the embedding is cut along the vocabulary, as Llama 3's is."""
+    try:
+        return _is_tiktoken(_original(tokenizer))
+    except TokenizerError:
+        return False
+
+
 def _indivisible(content: Content, shards: int) -> Iterator[str]:
     """What a matrix is cut along, by the config's names, that does not come out even."""
-    embedding = () if _is_tiktoken(content.tokenizer) else ("hidden_size",)
+    embedding = () if _cuts_rows(content.tokenizer) else ("hidden_size",)
     names = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size", *embedding)
     return (name for name in names if getattr(content.config, name) % shards)
 
