@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -361,6 +363,7 @@ def main() -> NoReturn:
     # wants the core they spin their time slices away, and training is up to nine times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     _show_anything()
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(standalone_mode=False)
     except PunaError as error:
@@ -369,6 +372,8 @@ def main() -> NoReturn:
         code = done.exit_code
     except (KeyboardInterrupt, typer.Abort):
         _fail("puna: stopped", 130)
+    except SystemExit:  # of `_terminated`; nothing else in here raises it
+        _fail("puna: stopped", 128 + signal.SIGTERM)
     except BrokenPipeError:
         # The reader left (`puna … | head`); the interpreter's last flush needs somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -376,6 +381,11 @@ def main() -> NoReturn:
     except Exception as error:
         _usage_or_raise(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """Python would die of it where it stands; so what is half done is removed on the way out."""
+    raise SystemExit(128 + number)
 
 
 def _show_anything() -> None:

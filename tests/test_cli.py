@@ -73,3 +73,38 @@ def test_mistakes_are_one_line_and_exit_two(arguments: list[str], message: str, 
     assert message in answer.stderr
     assert len(answer.stderr.strip().splitlines()) == 1, answer.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_conversion_that_is_told_to_end_leaves_nothing(tmp_path: Path) -> None:
+    """Killed in the middle of writing, by a program that gives it SIGTERM as a scheduler does."""
+    program = """
+import os, signal, sys
+from pathlib import Path
+from puna import cli, formats
+from puna.model.config import ModelConfig
+from puna.model.llama import Llama
+from puna.model.weights import weights_of
+from puna.formats.gguf import writer
+
+config = ModelConfig(
+    vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+)
+formats.save("source", weights_of(Llama(config)))
+append, seen = writer._append, []
+
+def append_and_end(file, value):
+    seen.append(value)
+    if len(seen) == 3:
+        assert [path.name for path in Path().iterdir() if path.name.startswith(".m.gguf")]
+        os.kill(os.getpid(), signal.SIGTERM)
+    return append(file, value)
+
+writer._append = append_and_end
+sys.argv = ["puna", "convert", "source", "m.gguf", "--to", "gguf"]
+cli.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (143, "puna: stopped")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

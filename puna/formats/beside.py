@@ -12,16 +12,15 @@ from puna.tokenizer import llama2c_vocabulary
 from puna.tokenizer.tokenizer import Tokenizer
 
 _USUAL = ("tokenizer.model", "tokenizer.json")  # together they are one tokenizer, with files beside them
-_KINDS = (".model", ".json", ".bin")  # the first of them that is there and fits is taken
 _HEAD = 1 << 17  # bytes that tell a vocabulary from a model
 
 
 def tokenizer_beside(model: Path, vocab_size: int) -> Callable[[], Tokenizer] | None:
     """What opens the tokenizer in a model file's directory; None where none fits `vocab_size` ids.
 
-    A file of the model's own name comes first, then a vocabulary of exactly as many tokens, then
-    tokenizer.model, then tokenizer.json, then llama2.c's .bin. Where several are left and differ, or the only
-    ones are damaged, opening raises TokenizerError.
+    A file of the model's own name comes first, then a vocabulary of exactly as many tokens, then any other
+    file before llama2.c's .bin. Where several are left and differ, or the only ones are damaged, opening
+    raises TokenizerError.
     """
     fitting: dict[Path, Tokenizer] = {}
     damage: list[str] = []
@@ -66,14 +65,10 @@ def _may_be_tokenizer(path: Path) -> bool:
 def _chosen(model: Path, fitting: dict[Path, Tokenizer], vocab_size: int) -> list[Path]:
     """The tokenizers that are left when the better ones have been preferred, equal ones counted once."""
     left = list(fitting)
-    left = [path for path in left if path.stem == model.stem] or left
+    left = [path for path in left if path.is_file() and path.stem == model.stem] or left
     left = [path for path in left if fitting[path].vocab_size == vocab_size] or left
-    best = min(map(_kind, left))
-    return list({fitting[path].fingerprint: path for path in left if _kind(path) == best}.values())
-
-
-def _kind(path: Path) -> int:
-    return _KINDS.index(path.suffix) if path.suffix in _KINDS else 0
+    left = [path for path in left if path.is_dir() or path.suffix != ".bin"] or left
+    return list({fitting[path].fingerprint: path for path in left}.values())
 
 
 def _ambiguous(paths: list[Path]) -> Tokenizer:

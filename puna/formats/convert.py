@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,7 +78,7 @@ def convert(
     """
     format = _format(to)
     wanted, expanding = _wanted(source, to, settings or {})
-    target = Path(destination).resolve()  # a link or ".." may lead to where the source lies
+    target = Path(os.path.realpath(destination))  # a link or ".." may lead to where the source lies
     _check_target(source, target, format, force)
     training = _training(source)
     content, left_out = _content(source, tokenizer, weights_only)
@@ -138,7 +139,7 @@ def _wanted(source: Source, to: str, given: Mapping[str, Any]) -> tuple[Any, lis
 
 def _check_target(source: Source, target: Path, format: Format, force: bool) -> None:
     check_destination(target, force, lambda path: any(row.recognises(path) for row in FORMATS.values()))
-    if any(file.resolve().is_relative_to(target) for file in _files(source.path)):
+    if any(Path(os.path.realpath(file)).is_relative_to(target) for file in _files(source.path)):
         raise ModelError(f"{target} is where the source lies, and would be replaced; choose another name")
     if Path.cwd().is_relative_to(target):  # whoever stands in it would be left in one that is gone
         raise ModelError(f"{target} is the working directory, and would be replaced; choose another name")

@@ -79,7 +79,7 @@ def resolve(
     """
     path, text = Path(name), str(name)
     found = None if isinstance(name, Path) else _ID.fullmatch(text)
-    if path.exists():
+    if _exists(path):
         if revision is not None:
             raise SettingsError(f"{text} is a path here, which has no revision {revision!r}; leave it out")
         return path
@@ -88,6 +88,13 @@ def resolve(
         raise ModelError(f"{text}: no such file or directory, and not a hub id (owner/name)")
     request = Request(found["repository"], found["inside"].strip("/"), revision, cache_dir)
     return _fetch(request, _HuggingFaceHub() if hub is None else hub)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:  # a name that is too long, or a directory that may not be read
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def choose(files: Sequence[str], request: Request) -> tuple[list[str], str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +67,22 @@ def save(
 def written_aside(target: Path) -> Iterator[Path]:
     """A name beside `target`, not existing, for what will take its place; removed whatever happens.
 
+    So are directories above it that were not there before, where nothing came to lie in them.
+
     Raises:
         ResourceError, ModelError: for an OSError inside, in one line.
     """
     temporary = temporary_beside(target)
+    new = [directory for directory in target.parents if not directory.exists()]
     with disk_errors(f"writing the model {target}", target, ModelError, "free some space and save it again"):
         try:
             shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had our number
             yield temporary
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            with suppress(OSError):  # not empty: something was written, and is to stay
+                for directory in new:
+                    directory.rmdir()
 
 
 def check_destination(target: Path, overwrite: bool, recognises: Callable[[Path], bool]) -> None:
@@ -85,8 +91,9 @@ def check_destination(target: Path, overwrite: bool, recognises: Callable[[Path]
     Raises:
         ModelError: something else is there.
     """
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
+    with disk_errors(f"looking at {target}", target, ModelError, "choose another place"):
+        if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+            return
     if not overwrite:
         raise ModelError(f"{target} exists already; choose another name, remove it, or ask to overwrite it")
     if not recognises(target):

@@ -8,7 +8,9 @@ from puna.errors import TokenizerError
 from puna.tokenizer import llama2c_vocabulary
 from puna.tokenizer.codec import Codec
 from puna.tokenizer.json_reader import JsonCodec, read_document
+from puna.tokenizer.protobuf import parse_model
 from puna.tokenizer.sentencepiece_reader import SentencePieceCodec, plain_symbols
+from puna.tokenizer.sentencepiece_writer import extended
 from puna.tokenizer.sidecar import Sidecar, read_sidecar
 from puna.tokenizer.tiktoken_reader import TiktokenCodec, looks_like_ranks
 from puna.tokenizer.tokenizer import Tokenizer
@@ -61,10 +63,26 @@ def _open(path: Path, sidecar: Sidecar) -> Codec:
             return TiktokenCodec(data, sidecar.added)
         if llama2c_vocabulary.looks_like_vocabulary(data):
             return llama2c_vocabulary.read(data)
+        data = extended(data, _names_beyond(len(parse_model(data).pieces), sidecar))
         plain = plain_symbols(data, sidecar.special)
         return SentencePieceCodec(data, add_bos=sidecar.add_bos is not False, plain=plain)
     except TokenizerError as error:
         raise TokenizerError(f"{path}: {error}") from None
+
+
+def _names_beyond(size: int, sidecar: Sidecar) -> list[str]:
+    """Tokens that the files beside a SentencePiece model add to it, as Alpaca and Vicuna do, by id.
+
+    Raises:
+        TokenizerError: their ids do not follow those of the model.
+    """
+    beyond = {index: name for index, name in sidecar.added.items() if index >= size}
+    if sorted(beyond) != list(range(size, size + len(beyond))):
+        raise TokenizerError(
+            f"the files beside it add tokens with ids {', '.join(map(str, sorted(beyond)[:4]))}…; "
+            f"expected {size} and on, after the {size} of the model"
+        )
+    return [beyond[index] for index in sorted(beyond)]
 
 
 def _with_sidecar(codec: Codec, sidecar: Sidecar) -> Tokenizer:

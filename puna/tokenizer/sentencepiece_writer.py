@@ -56,6 +56,11 @@ def model_bytes(
     return b"".join([*parts, _block(2, b"".join(trainer)), _block(3, b"".join(normalizer))])
 
 
+def extended(data: bytes, names: Sequence[str]) -> bytes:
+    """A model file with control symbols after its last piece; all else in it stays as it is."""
+    return data + b"".join(_block(1, _piece((name, 0.0, CONTROL))) for name in names)
+
+
 def from_json(document: Mapping[str, Any]) -> bytes:
     """A tokenizer.json of the SentencePiece kind as a model file that gives the same ids.
 

@@ -36,7 +36,8 @@ def read_sidecar(directory: Path) -> Sidecar:
     config = {**_read(directory / "special_tokens_map.json"), **_read(directory / "tokenizer_config.json")}
     generation = _read(directory / "generation_config.json")
     model = _read(directory / "config.json")
-    added = dict(_added_tokens(config, directory / "tokenizer_config.json"))
+    added = _listed(directory / "added_tokens.json")
+    added |= dict(_added_tokens(config, directory / "tokenizer_config.json"))
     add_bos = config.get("add_bos_token")
     return Sidecar(
         bos=_token(config.get("bos_token")),
@@ -109,6 +110,15 @@ def _added_tokens(config: dict[str, Any], path: Path) -> Iterator[tuple[int, tup
         if not (key.isascii() and key.isdigit()) or len(key) > 20 or content is None:
             raise TokenizerError(f"{path}: added_tokens_decoder[{key[:40]!r}] must map an id to a token")
         yield int(key), (content, isinstance(value, dict) and value.get("special") is True)
+
+
+def _listed(path: Path) -> dict[int, tuple[str, bool]]:
+    """added_tokens.json of older directories: tokens and their ids."""
+    table = _read(path)
+    wrong = next((name for name, index in table.items() if not isinstance(index, int) or not name), None)
+    if wrong is not None:
+        raise TokenizerError(f"{path}: {wrong!r} must map a token to its id")
+    return {index: (name, True) for name, index in table.items()}
 
 
 def _template(config: dict[str, Any], directory: Path) -> str | None:

@@ -68,6 +68,16 @@ def test_of_several_tokenizers_the_user_chooses(tmp_path: Path, stories: Path) -
     assert found is not None and "▁thx" in [found.piece(index) for index in range(512)]
 
 
+def test_a_directory_of_the_models_name_is_not_a_tokenizer_of_its_name(tmp_path: Path, stories: Path) -> None:
+    home = tmp_path / "model"
+    home.mkdir()
+    path = beside(home, stories, "model.model")
+    data = (stories / "tok512.model").read_bytes()
+    (home / "tokenizer.model").write_bytes(data.replace("▁the".encode(), "▁thx".encode()))
+    found = formats.open_model(path).tokenizer()
+    assert found is not None and found.fingerprint == load(stories / "tok512.model").fingerprint
+
+
 def test_a_damaged_tokenizer_is_told_when_it_is_opened(tmp_path: Path, stories: Path) -> None:
     path = beside(tmp_path, stories, "tok512.bin")
     (tmp_path / "tok512.bin").write_bytes((tmp_path / "tok512.bin").read_bytes()[:-1])

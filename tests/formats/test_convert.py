@@ -241,6 +241,32 @@ def test_the_working_directory_is_not_replaced_under_who_stands_in_it(
         converted(hf, Path(), "hf", verify=None)
 
 
+def test_names_that_no_file_can_have_are_one_line(hf: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")  # a link to itself is replaced as any dangling one
+    assert converted(hf, tmp_path / "loop", "gguf", verify=None).path.is_file()
+    with pytest.raises(ModelError, match="File name too long"):
+        converted(hf, tmp_path / ("a" * 300), "gguf", verify=None)
+    with pytest.raises(ModelError, match="cannot be read"):
+        formats.resolve(tmp_path / ("a" * 300))
+    with pytest.raises(ModelError, match=r"^m\.pt: a checkpoint holds float32"):
+        converted(hf, tmp_path / "m.pt", "llama2c", settings={"dtype": "int8"})
+
+
+def test_directories_made_for_a_conversion_that_failed_go_with_it(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: Any, **options: Any) -> Any:
+        raise CheckFailed("as if")
+
+    (tmp_path / "there").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("puna.formats.convert._compared", failing)
+        with pytest.raises(CheckFailed, match="as if"):
+            converted(hf, tmp_path / "there" / "a" / "b" / "m.gguf", "gguf")
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+    assert converted(hf, tmp_path / "there" / "a" / "b" / "m.gguf", "gguf", verify=None).path.is_file()
+
+
 def test_a_damaged_record_of_the_source_is_told_before_anything_is_written(hf: Path, tmp_path: Path) -> None:
     copy = converted(hf, tmp_path / "copy", "hf", verify=None).path
     (copy / "puna.json").write_text('{"format_version": 9}')

@@ -7,12 +7,14 @@ bytes of one storage. torch's own reader is not used: the file that it reads mus
 from __future__ import annotations
 
 import mmap
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +39,8 @@ def read_archive(path: Path) -> Any:
         ModelError: no such archive, damaged, or it holds more than that.
     """
     try:
-        return _Archive(path).value()
+        with path.open("rb") as file:
+            return _Archive(file).value()
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
     except OSError as error:
@@ -84,10 +87,10 @@ PYTORCH_BIN = Kind("pytorch_model.bin", "pytorch_model.bin.index.json", opened)
 
 
 class _Archive:
-    """A mapped file and where its members lie."""
+    """An open file, mapped, and where its members lie."""
 
-    def __init__(self, path: Path) -> None:
-        self._map = _mapped(path)
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._map = file, _mapped(file)
         self._root, self._members = self._list()
         self._storages: dict[str, Tensor] = {}
 
@@ -121,15 +124,20 @@ class _Archive:
                 raise ModelError(
                     f"damaged: a storage of {numel} values of {dtype.itemsize} bytes in {member.size} bytes"
                 )
-            # An empty one has no place in the file that torch would take.
-            whole = (
-                torch.frombuffer(self._map, dtype=dtype, count=numel, offset=member.begin) if numel else None
-            )
-            self._storages[key] = torch.empty(0, dtype=dtype) if whole is None else whole
+            self._storages[key] = self._bytes_of(member).view(dtype)
         found = self._storages[key]
         if found.dtype != dtype or found.numel() != numel:
             raise ModelError("damaged: one storage is said to have two types or sizes")
         return found
+
+    def _bytes_of(self, member: Member) -> Tensor:
+        """A member's bytes, copied where they are written to: torch warns of memory it cannot write to."""
+        if not member.size:
+            return torch.empty(0, dtype=torch.uint8)
+        # Each for itself: one private mapping of a file larger than memory may be refused.
+        return torch.from_numpy(
+            np.memmap(self._file, np.uint8, mode="c", offset=member.begin, shape=(member.size,))
+        )
 
     def _member(self, name: str) -> Member:
         found = self._members.get(f"{self._root}/{name}")
@@ -145,9 +153,7 @@ class _Archive:
         return self._map[member.begin : member.begin + member.size]
 
 
-def _mapped(path: Path) -> mmap.mmap:
-    """A file in memory, copied where it is written to: torch warns of memory that it cannot write to."""
-    with path.open("rb") as file:
-        if not path.stat().st_size:
-            raise ModelError("an empty file")
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+def _mapped(file: BinaryIO) -> mmap.mmap:
+    if not file.seek(0, os.SEEK_END):
+        raise ModelError("an empty file")
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

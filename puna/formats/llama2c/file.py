@@ -154,11 +154,8 @@ class _Tensors:
         Raises:
             ModelError: one holds NaN or infinite values.
         """
-        # Copy on write: torch may not warn of memory that it cannot write to, and the file stays as it is.
-        mapped: Bytes = np.memmap(self._path, dtype=np.uint8, mode="c")
         for name, shape in self._shapes.items():
-            at = self._offsets[name]
-            data = mapped[at : at + tensor_bytes(name, shape, self._header)]
+            data = self._mapped(self._offsets[name], tensor_bytes(name, shape, self._header))
             value = self._int8(data, shape) if is_int8(shape, self._header) else _floats(data).view(shape)
             numbers = value.scales if isinstance(value, Packed) else value
             assert numbers is not None
@@ -167,6 +164,16 @@ class _Tensors:
                     f"{self._path}: {name} holds NaN or infinite values: a damaged file, or training diverged"
                 )
             yield name, rotary.half_split(name, value, self._header.config)
+
+    def _mapped(self, at: int, size: int) -> Bytes:
+        """Bytes of the file, copied where they are written to: torch warns of memory it cannot write to.
+
+        Each tensor's for itself: one private mapping of a file larger than memory may be refused.
+        """
+        try:
+            return np.memmap(self._path, np.uint8, mode="c", offset=at, shape=(size,))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{self._path}: changed while it was read: {error}") from None
 
     def _is_packed(self, shape: tuple[int, ...]) -> bool:
         return is_int8(shape, self._header) and shape[1] % self._header.group == 0
@@ -202,7 +209,7 @@ def write(target: Path, content: Content, settings: Llama2cSettings, record: Rec
         OSError: as it comes; the file is then incomplete.
     """
     if target.name == TOKENIZER:
-        raise ModelError(f"{target} is the name of the tokenizer beside a model; choose another")
+        raise ModelError(f"{target.name} is the name of the tokenizer beside a model; choose another")
     notes = _write_model(target, content.weights, settings, record)
     if content.tokenizer is not None:
         data = llama2c_limits.vocabulary_of(content.tokenizer, content.config.vocab_size)
@@ -214,7 +221,7 @@ def _write_model(target: Path, weights: Weights, settings: Llama2cSettings, reco
     version, asked = settings.file_version, settings.group_size
     if target.suffix == ".pt":
         if settings.dtype == INT8 or settings.version is not None:
-            raise ModelError(f"{target}: a checkpoint holds float32 and has no versions; name it .bin")
+            raise ModelError(f"{target.name}: a checkpoint holds float32 and has no versions; name it .bin")
         return llama2c_checkpoint.write(target, weights, record)
     group = _group(weights.config, asked) if version == 2 else 0
     with target.open("wb") as file:

@@ -54,7 +54,9 @@ def recognises(path: Path) -> bool:
 
 
 def read(directory: Path) -> Source:
-    """Open a directory; every name, type and shape in it is checked, and no tensor read.
+    """Open a directory; every name, type and shape in it is checked.
+
+    No tensor is read, but for output projection and embedding: whether they are equal is told by no file.
 
     Raises:
         ModelError: a file is missing, damaged, or does not fit the others.
