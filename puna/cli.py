@@ -183,7 +183,12 @@ def chat(
 def convert(
     source: Model,
     destination: Annotated[Path, typer.Argument(help="A directory (hf, meta) or a file (gguf, llama2c).")],
-    to: Annotated[str, typer.Option(help="hf, meta, gguf or llama2c.")],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help="hf, meta, gguf or llama2c; by DESTINATION's ending without it.", show_default=False
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -196,7 +201,8 @@ def convert(
         int | None, typer.Option(help="meta: how many model-parallel files.", show_default=False)
     ] = None,
     shard_bytes: Annotated[
-        int | None, typer.Option(help="hf: the largest a file may be.", show_default="5000000000")
+        int | None,
+        typer.Option(help="hf: the largest a file may be, 5000000000 without it.", show_default=False),
     ] = None,
     change: Annotated[
         list[str] | None,
@@ -222,13 +228,14 @@ def convert(
     from puna.formats.proof.verify import VerifySettings
     from puna.progress import on_stderr
     from puna.recipes.convert import convert as run
+    from puna.recipes.convert import format_of
     from puna.recipes.models import ModelChoice
     from puna.settings import overridden
 
     result = run(
         ModelChoice(source, revision, cache_dir).source(),
         destination,
-        to,
+        to or format_of(destination),
         overridden(_given(dtype=dtype, shards=shards, shard_bytes=shard_bytes), change or ()),
         origin=source if revision is None else f"{source} at revision {revision}",
         tokenizer=tokenizer,
@@ -263,7 +270,7 @@ def verify(
     result = run(a, b, VerifySettings(low_memory=low_memory), print, on_stderr)
     _emit(result, as_json)
     if not result["equal"]:
-        raise CheckFailed(f"the models differ: {result['verdict']}")
+        raise CheckFailed("the models differ; the verdict above says in what")
 
 
 @app.command()

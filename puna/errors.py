@@ -22,11 +22,19 @@ import difflib
 import signal
 from collections.abc import Iterable
 
+LONGEST = 2000  # characters of a message
+
 
 class PunaError(Exception):
-    """Root of the tree; `exit_code` is what the command line returns for it."""
+    """Root of the tree; `exit_code` is what the command line returns for it.
+
+    A message is one line of printable characters, whatever the file name or the value that it quotes.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message, LONGEST))
 
 
 class InputError(PunaError):
@@ -86,6 +94,18 @@ class Interrupted(PunaError):
     def __init__(self, number: int, message: str = "") -> None:
         super().__init__(message or f"stopped by {signal.Signals(number).name}")
         self.exit_code = 128 + number
+
+
+def printable(text: str, longest: int) -> str:
+    r"""The text with line ends and control characters escaped, and its middle left out where it is too long.
+
+    >>> printable("a\nb\x1b[2J", 99), printable("a" * 100, 11)
+    ('a\\nb\\x1b[2J', 'aaaa … aaaa')
+    """
+    if len(text) > longest:
+        half = (longest - 3) // 2
+        text = f"{text[:half]} … {text[-half:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from puna import errors, progress
-from puna.errors import CheckFailed, InputError, Interrupted, PunaError, nearest
+from puna.errors import CheckFailed, InputError, Interrupted, ModelError, PunaError, nearest
 
 
 def test_exit_codes() -> None:
@@ -40,3 +40,10 @@ def test_nearest(name: str, suggestion: str) -> None:
 @pytest.mark.parametrize("module", [errors, progress])
 def test_examples_in_docstrings(module: object) -> None:
     assert doctest.testmod(module).failed == 0  # type: ignore[arg-type]
+
+
+def test_a_message_is_one_line_of_printable_characters() -> None:
+    message = str(ModelError("a\nb\x1b[2J" + "é" * 5000))
+    assert message.startswith("a\\nb\\x1b[2Jéé")
+    assert message.isprintable()
+    assert len(message) < 2100

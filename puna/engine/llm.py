@@ -200,7 +200,8 @@ class LLM:
     def _with_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise InputError(
-                "this model has no tokenizer, so prompts must be token ids; or load it with tokenizer=PATH"
+                "this model has no tokenizer, so prompts must be token ids; or name one "
+                "(tokenizer=, --tokenizer)"
             )
         return self.tokenizer
 

@@ -38,6 +38,11 @@ def tokenizer_beside(model: Path, vocab_size: int) -> Callable[[], Tokenizer] | 
     return partial(_damaged, damage[0]) if damage else None
 
 
+def own_vocabulary(model: Path) -> Path:
+    """Where a model's tokenizer is written in llama2.c's form: named after it, for there may be others."""
+    return model.with_name(f"tok-{model.stem}.bin")
+
+
 def _candidates(model: Path) -> Iterator[Path]:
     """The directory where the usual names stand in it, and every other file that may be a tokenizer."""
     directory = model.parent
@@ -64,8 +69,8 @@ def _may_be_tokenizer(path: Path) -> bool:
 
 def _chosen(model: Path, fitting: dict[Path, Tokenizer], vocab_size: int) -> list[Path]:
     """The tokenizers that are left when the better ones have been preferred, equal ones counted once."""
-    left = list(fitting)
-    left = [path for path in left if path.is_file() and path.stem == model.stem] or left
+    left, own = list(fitting), (model.stem, own_vocabulary(model).stem)
+    left = [path for path in left if path.is_file() and path.stem in own] or left
     left = [path for path in left if fitting[path].vocab_size == vocab_size] or left
     left = [path for path in left if path.is_dir() or path.suffix != ".bin"] or left
     return list({fitting[path].fingerprint: path for path in left}.values())

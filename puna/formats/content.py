@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -17,12 +18,13 @@ Record = Callable[[str, Tensor | Packed], None]
 
 @dataclass(frozen=True)
 class Content:
-    """What is to be written."""
+    """What is to be written; `generation` is the rest of generation_config.json, besides those tokens."""
 
     weights: Weights
     tokenizer: Tokenizer | None = None
     end_ids: tuple[int, ...] = ()
     bos_id: int | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> ModelConfig:

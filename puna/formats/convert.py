@@ -17,7 +17,7 @@ from puna.errors import CheckFailed, ModelError, SettingsError, TokenizerError, 
 from puna.files import replace_directory, sync_directory, sync_tree
 from puna.formats import provenance
 from puna.formats.content import Content
-from puna.formats.opening import FORMATS, Format
+from puna.formats.opening import FORMATS, Format, is_part
 from puna.formats.proof.verify import Comparison, VerifySettings, compare
 from puna.formats.saving import check_destination, written_aside
 from puna.formats.source import Source
@@ -87,7 +87,8 @@ def convert(
         place.mkdir(parents=True)
         new = place / target.name
         hashes = _Hashes(provenance.PayloadHash(), None if verify else provenance.PayloadHash())
-        notes = (*source.notes, *expanding, *_written(format, new, content, wanted, hashes, track, to))
+        written = _written(format, new, content, wanted, hashes, track, to)
+        notes = (*source.notes, *expanding, *_told(content, format), *written)
         record = {
             **provenance.record(hashes.written, content.config, content.tokenizer, training=training),
             "conversion": {
@@ -138,6 +139,8 @@ def _wanted(source: Source, to: str, given: Mapping[str, Any]) -> tuple[Any, lis
 
 
 def _check_target(source: Source, target: Path, format: Format, force: bool) -> None:
+    if not format.is_directory and is_part(target):
+        raise ModelError(f"{target.name} is the name of a part of a directory; choose one such as model.gguf")
     check_destination(target, force, lambda path: any(row.recognises(path) for row in FORMATS.values()))
     if any(Path(os.path.realpath(file)).is_relative_to(target) for file in _files(source.path)):
         raise ModelError(f"{target} is where the source lies, and would be replaced; choose another name")
@@ -162,19 +165,23 @@ def _content(
 ) -> tuple[Content, tuple[str, ...]]:
     """What there is to write; a tokenizer that cannot be opened may be left out."""
     left_out: tuple[str, ...] = ()
+    try:
+        own = source.tokenizer()
+    except TokenizerError as error:
+        own = None
+        if tokenizer is None and not weights_only:
+            advice = "name another with --tokenizer, or pass --weights-only"
+            raise TokenizerError(f"{error}; {advice}") from None
+        left_out = (f"a tokenizer that cannot be opened ({error})",)
     if tokenizer is None:
-        try:
-            tokenizer = source.tokenizer()
-        except TokenizerError as error:
-            if not weights_only:
-                advice = "name another with --tokenizer, or pass --weights-only"
-                raise TokenizerError(f"{error}; {advice}") from None
-            left_out = (f"a tokenizer that cannot be opened ({error})",)
+        tokenizer = own
+    elif own is not None and tokenizer.chat_template is None:  # the model was taught to talk by it
+        tokenizer = Tokenizer(tokenizer.codec, tokenizer.end_ids, own.chat_template)
     ends, bos = source.end_ids, source.bos_id
     if tokenizer is not None:
         ends = tuple(dict.fromkeys((*ends, *tokenizer.end_ids)))
         bos = tokenizer.bos_id if bos is None else bos
-    return Content(source.weights, tokenizer, ends, bos), left_out
+    return Content(source.weights, tokenizer, ends, bos, source.generation), left_out
 
 
 def _without_obstacles(
@@ -228,6 +235,17 @@ def _compared(
     return comparison
 
 
+def _told(content: Content, format: Format) -> list[str]:
+    """What a user should know of any format's result."""
+    notes, size = [], content.config.vocab_size
+    if content.tokenizer is not None and content.tokenizer.vocab_size > size:
+        words = content.tokenizer.vocab_size
+        notes.append(f"the tokenizer has {words} tokens and the model {size}: it cannot read the others")
+    if content.generation and not format.is_directory:
+        notes.append(f"left to the reader: generation settings {', '.join(content.generation)}")
+    return notes
+
+
 def _training(source: Source) -> dict[str, Any] | None:
     """What the run that made the source said of itself."""
     return (provenance.read(source.path) or {}).get("training")
@@ -251,6 +269,8 @@ def _about(
 
 def _put(place: Path, new: Path, target: Path, format: Format, force: bool) -> None:
     """Give what lies in `place` its names, the model last."""
+    if not force:  # somebody may have come first
+        check_destination(target, False, lambda path: False)
     if format.is_directory:
         replace_directory(new, target)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from puna.formats.source import Source
 from puna.settings import Settings
 
 _RUN_MARK = "run.toml"  # what every run directory holds
+_LATER = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")  # a part of a split file but the first
 _PARTS = (  # files that are a model only together with others in their directory
     *("config.json", "*.index.json", "*.safetensors", "pytorch_model*.bin"),
     *("params.json", "consolidated.*.pth"),
@@ -101,12 +103,32 @@ def open_model(path: str | Path) -> Source:
     Raises:
         ModelError: nothing is there, it is not a model, or a damaged or unsupported one.
     """
-    path = model_path(Path(path))
-    for format in FORMATS.values():
-        if format.recognises(path):
-            return format.read(path)
+    path = Path(path)
+    try:
+        path = model_path(path)
+        # A pipe or a device would be waited for, or never end.
+        readable = path.is_file() or path.is_dir()
+        format = next((f for f in FORMATS.values() if readable and f.recognises(path)), None)
+        found = None if format or not path.is_dir() else _single_files(path)
+        what = _what_is_at(path)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+    if format is not None:
+        return format.read(path)
+    if found and len(found) == 1:
+        return open_model(found[0])
+    if found:
+        names = ", ".join(file.name for file in found[:8])
+        raise ModelError(f"{path} holds several models; name one of {names}")
     expected = "; ".join(format.description for format in FORMATS.values())
-    raise ModelError(f"{path} is not a model: found {_what_is_at(path)}, expected {expected}")
+    raise ModelError(f"{path} is not a model: found {what}, expected {expected}")
+
+
+def _single_files(directory: Path) -> list[Path]:
+    """The models in a directory that are a file each; of a split one, its first part."""
+    files = (file for file in sorted(directory.iterdir()) if file.is_file() and not _LATER.search(file.name))
+    single = [format for format in FORMATS.values() if not format.is_directory]
+    return [file for file in files if any(format.recognises(file) for format in single)]
 
 
 def model_path(path: Path) -> Path:
@@ -117,7 +139,7 @@ def model_path(path: Path) -> Path:
     Raises:
         ModelError: the run has exported no model yet.
     """
-    if path.is_file() and any(path.match(part) for part in _PARTS):
+    if path.is_file() and is_part(path):
         return path.parent
     if not (path / _RUN_MARK).is_file():
         return path
@@ -128,6 +150,11 @@ def model_path(path: Path) -> Path:
     raise ModelError(f"{path} is a run without a model so far; one is exported at its first validation")
 
 
+def is_part(path: Path) -> bool:
+    """Whether a file of this name is a model only together with others in its directory."""
+    return any(path.match(part) for part in _PARTS)
+
+
 def _what_is_at(path: Path) -> str:
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir())
@@ -135,4 +162,4 @@ def _what_is_at(path: Path) -> str:
         return f"a directory with {shown}" if names else "an empty directory"
     if path.is_file():
         return f"a file of {path.stat().st_size} bytes"
-    return "nothing there"
+    return "something that is neither file nor directory" if path.exists() else "nothing there"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ from puna.formats.huggingface import directory as huggingface
 from puna.formats.huggingface.directory import HuggingFaceSettings
 from puna.model.weights import Weights
 from puna.tokenizer.tokenizer import Tokenizer
+
+_OURS = (  # what formats and their tokenizers write, and what a repository of a model holds beside
+    *("*.json", "*.jinja", "*.model", "*.safetensors", "pytorch_model*.bin", "consolidated.*.pth"),
+    *("merges.txt", "README.md", "LICENSE*", "USE_POLICY.md", ".gitattributes", ".cache"),
+)
 
 
 def save(
@@ -95,6 +101,18 @@ def check_destination(target: Path, overwrite: bool, recognises: Callable[[Path]
         if not target.exists() or (target.is_dir() and not any(target.iterdir())):
             return
     if not overwrite:
-        raise ModelError(f"{target} exists already; choose another name, remove it, or ask to overwrite it")
+        raise ModelError(
+            f"{target} exists already; choose another name, or replace it (overwrite=True, --force)"
+        )
     if not recognises(target):
-        raise ModelError(f"{target} exists and is not a model, so it is not overwritten; choose another name")
+        raise ModelError(f"{target} exists and is not a model, so it is not replaced; choose another name")
+    foreign = _foreign(target) if target.is_dir() else []
+    if foreign:
+        shown = ", ".join(foreign[:4]) + (f" and {len(foreign) - 4} more" if len(foreign) > 4 else "")
+        raise ModelError(f"{target} holds more than a model ({shown}), which would be lost; move that first")
+
+
+def _foreign(directory: Path) -> list[str]:
+    """What lies in a model's directory and is no part of a model."""
+    names = sorted(path.name for path in directory.iterdir())
+    return [name for name in names if not any(fnmatch(name, pattern) for pattern in _OURS)]

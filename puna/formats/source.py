@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +28,7 @@ class Source:
         end_ids: the tokens that the model's own files say end an answer.
         bos_id: the token that begins a text, where the files name one.
         open_tokenizer: opens the model's own tokenizer; None where it has none.
+        generation: what generation_config.json says besides begin and end tokens.
         notes: what the files leave unsaid and where it was taken from, a sentence each, for the user.
     """
 
@@ -39,6 +41,7 @@ class Source:
     bos_id: int | None = None
     open_tokenizer: Callable[[], Tokenizer] | None = None
     notes: tuple[str, ...] = field(default=())
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> ModelConfig:

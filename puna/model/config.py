@@ -88,8 +88,8 @@ class ModelConfig(Settings):
             return value
         if "rope_type" not in value:
             raise ValueError(f"rope_type is required: {known}")
-        if value["rope_type"] not in SCALINGS:
-            name = str(value["rope_type"])
+        if not isinstance(value["rope_type"], str) or value["rope_type"] not in SCALINGS:
+            name = f"{value['rope_type']!s:.40}"
             raise ValueError(f"rope_type must be {known}, got {name!r}.{nearest(name, SCALINGS)}")
         return value
 

@@ -8,11 +8,26 @@ from typing import Any
 
 import puna.tokenizer
 from puna import formats
+from puna.errors import SettingsError
 from puna.formats.convert import convert as write
 from puna.formats.proof.verify import VerifySettings, compare
 from puna.progress import Track
 
 Say = Callable[[str], None]
+
+
+_ENDINGS = {".gguf": "gguf", ".bin": "llama2c", ".pt": "llama2c"}
+
+
+def format_of(destination: Path) -> str:
+    """The format that a destination's name asks for.
+
+    Raises:
+        SettingsError: it could be any.
+    """
+    if destination.suffix not in _ENDINGS:
+        raise SettingsError(f"{destination}: say which format with --to: {', '.join(formats.FORMATS)}")
+    return _ENDINGS[destination.suffix]
 
 
 def convert(
@@ -49,10 +64,10 @@ def convert(
     )
     for note in done.notes:
         say(f"note: {note}")
-    for what in done.left_out:
-        say(f"left out: {what}")
     for line in ["not verified, as asked"] if done.comparison is None else done.comparison.lines():
         say(line)
+    for what in done.left_out:
+        say(f"left out of the result, and of the comparison: {what}")
     say(f"Written: {destination}")
     return {"path": str(done.path), **done.record}
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from puna import formats
+from puna.errors import LONGEST, printable
 from puna.formats import provenance
 from puna.model.counts import flops_per_token, parameters
 
@@ -31,7 +32,7 @@ def describe(source: formats.Source, say: Say) -> dict[str, Any]:
         "provenance": record,
     }
     for line in _lines(result):
-        say(line)
+        say(printable(line, LONGEST))  # puna.json may come from anywhere, and terminals obey
     return result
 
 

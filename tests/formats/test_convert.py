@@ -89,7 +89,7 @@ def test_every_format_into_every_other(first: str, second: str, hf: Path, tmp_pa
 
 @pytest.mark.parametrize("kind", ["meta", "gguf"])
 def test_the_chat_template_comes_along(kind: str, hf: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    chatty = Tokenizer(tokenizer._codec, tokenizer.end_ids, TEMPLATES["llama2"])
+    chatty = Tokenizer(tokenizer.codec, tokenizer.end_ids, TEMPLATES["llama2"])
     formats.save(tmp_path / "chat", weights_of(model_of(PLAIN)), chatty)
     done = converted(tmp_path / "chat", tmp_path / "b" / name_for(kind), kind)
     found = formats.open_model(done.path).tokenizer()
@@ -99,7 +99,7 @@ def test_the_chat_template_comes_along(kind: str, hf: Path, tokenizer: Tokenizer
 
 
 def test_what_a_format_cannot_hold_is_refused_by_name(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    chatty = Tokenizer(tokenizer._codec, tokenizer.end_ids, TEMPLATES["llama2"])
+    chatty = Tokenizer(tokenizer.codec, tokenizer.end_ids, TEMPLATES["llama2"])
     biased = PLAIN.model_copy(update={"attention_bias": True})
     formats.save(tmp_path / "chat", weights_of(model_of(PLAIN)), chatty)
     formats.save(tmp_path / "biased", weights_of(model_of(biased)), tokenizer)
@@ -273,6 +273,75 @@ def test_a_damaged_record_of_the_source_is_told_before_anything_is_written(hf: P
     with pytest.raises(ModelError, match="update Puna"):
         converted(copy, tmp_path / "new" / "m.gguf", "gguf", verify=None)
     assert not (tmp_path / "new").exists()
+
+
+def test_what_else_lies_in_a_directory_is_not_lost(hf: Path, tmp_path: Path) -> None:
+    converted(hf, tmp_path / "m", "hf")
+    (tmp_path / "m" / "notes.txt").write_text("mine")
+    with pytest.raises(ModelError, match=r"holds more than a model \(notes.txt\)"):
+        converted(hf, tmp_path / "m", "meta", force=True)
+    (tmp_path / "m" / "notes.txt").unlink()
+    converted(hf, tmp_path / "m", "meta", force=True)
+    assert formats.open_model(tmp_path / "m").format == "meta"
+
+
+@pytest.mark.parametrize("kind", ["meta", "gguf"])
+def test_who_came_first_is_not_written_over(
+    kind: str, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process makes the destination while this one writes."""
+    target, real = tmp_path / name_for(kind), FORMATS[kind]
+
+    def raced(*arguments: Any) -> list[str]:
+        if real.is_directory:
+            target.mkdir()
+            (target / "thesis.tex").write_text("years of work")
+        else:
+            target.write_text("years of work")
+        return real.write(*arguments)
+
+    monkeypatch.setitem(opening.FORMATS, kind, dataclasses.replace(real, write=raced))
+    with pytest.raises(ModelError, match="exists already"):
+        converted(hf, target, kind)
+    assert (target / "thesis.tex" if real.is_directory else target).read_text() == "years of work"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_name_that_means_a_directory_is_no_file(hf: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is the name of a part of a directory"):
+        converted(hf, tmp_path / "model.safetensors", "gguf")
+
+
+@pytest.mark.parametrize("kind", ["hf", "meta"])
+def test_generation_settings_come_along(kind: str, hf: Path, tmp_path: Path) -> None:
+    source = converted(hf, tmp_path / "a", "hf").path
+    path = source / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "temperature": 0.6, "top_p": 0.9}))
+    done = converted(source, tmp_path / "b", kind)
+    values = json.loads((done.path / "generation_config.json").read_text())
+    assert (values["temperature"], values["top_p"]) == (0.6, 0.9)
+    single = converted(source, tmp_path / "m.gguf", "gguf")
+    assert "generation settings temperature, top_p" in " ".join(single.notes)
+
+
+def test_a_tokenizer_given_keeps_the_model_s_template(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    chatty = Tokenizer(tokenizer.codec, tokenizer.end_ids, TEMPLATES["llama2"])
+    formats.save(tmp_path / "chat", weights_of(model_of(PLAIN)), chatty)
+    done = converted(tmp_path / "chat", tmp_path / "m.gguf", "gguf", tokenizer=tokenizer)
+    found = formats.open_model(done.path).tokenizer()
+    assert found is not None and found.chat_template == TEMPLATES["llama2"]
+
+
+def test_two_models_in_one_directory_keep_their_tokenizers(
+    hf: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    other = train(["a b c " * 400, inspect.getsource(dataclasses)], TokenizerSettings(vocab_size=400))
+    formats.save(tmp_path / "other", weights_of(model_of(PLAIN)), other)
+    converted(hf, tmp_path / "bins" / "one.bin", "llama2c")
+    converted(tmp_path / "other", tmp_path / "bins" / "two.bin", "llama2c")
+    for name, meant in (("one", tokenizer), ("two", other)):
+        found = formats.open_model(tmp_path / "bins" / f"{name}.bin").tokenizer()
+        assert found is not None and found.fingerprint == meant.fingerprint
 
 
 def test_the_source_is_never_replaced(hf: Path, tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_an_existing_destination_is_left_alone(saved: Path, model: Llama) -> Non
 def test_only_a_model_is_ever_written_over(tmp_path: Path, model: Llama) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ModelError, match="not a model, so it is not overwritten"):
+    with pytest.raises(ModelError, match="not a model, so it is not replaced"):
         formats.save(tmp_path / "home", weights_of(model), overwrite=True)
     assert (tmp_path / "home" / "thesis.tex").read_text() == "years of work"
 

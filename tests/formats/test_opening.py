@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,9 @@ from huggingface_hub import errors
 
 from puna import formats
 from puna.errors import ModelError, SettingsError
+from puna.formats.convert import convert
+from puna.model.llama import Llama
+from puna.model.weights import weights_of
 
 
 @pytest.mark.parametrize("name", ["missing", "empty", "file", "texts", "run", "no weights"])
@@ -55,6 +59,34 @@ def test_a_run_stands_for_its_export(saved: Path, tmp_path: Path) -> None:
     (run / ".model.replaced").rename(run / "model")
     source = formats.open_model(str(run))
     assert (source.path, source.format) == (run / "model", "hf")
+
+
+def test_a_directory_with_one_model_file_stands_for_it(model: Llama, tmp_path: Path) -> None:
+    convert(source_of(model, tmp_path / "hf"), tmp_path / "one" / "m.gguf", "gguf", verify=None)
+    assert formats.open_model(tmp_path / "one").path == tmp_path / "one" / "m.gguf"
+    (tmp_path / "one" / "n.gguf").write_bytes((tmp_path / "one" / "m.gguf").read_bytes())
+    with pytest.raises(ModelError, match=r"holds several models; name one of m.gguf, n.gguf"):
+        formats.open_model(tmp_path / "one")
+
+
+def source_of(model: Llama, directory: Path) -> formats.Source:
+    formats.save(directory, weights_of(model))
+    return formats.open_model(directory)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ModelError, match="neither file nor directory"):
+        formats.open_model(tmp_path / "pipe")
+
+
+def test_what_may_not_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refused)  # a directory above may not be searched
+    with pytest.raises(ModelError, match="cannot be read: Permission denied"):
+        formats.open_model(tmp_path / "m")
 
 
 class Hub:

@@ -51,7 +51,8 @@ def decimal(value: float) -> float:
     >>> decimal(float(np.float32(1e-5)))
     1e-05
     """
-    return float(str(np.float32(value)))
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as that
+        return float(str(np.float32(value)))
 
 
 def scaling_metadata(scaling: RopeScaling, theta: float, head_dim: int) -> dict[str, Any]:
@@ -192,9 +193,10 @@ def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def _number(metadata: dict[str, Any], key: str, default: float, origin: Path) -> float:
     value = metadata.get(key, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    number = decimal(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number):
         raise ModelError(f"{origin}: {key} is {brief(value)}; expected a number")
-    return decimal(value)
+    return number
 
 
 def _length(metadata: dict[str, Any], default: int, origin: Path) -> int:

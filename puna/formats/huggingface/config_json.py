@@ -137,6 +137,12 @@ def read_bos_id(values: dict[str, Any]) -> int | None:
     return _id(values.get("bos_token_id"))
 
 
+def read_generation(values: dict[str, Any]) -> dict[str, Any]:
+    """The rest of a generation_config.json: how its model likes to be sampled."""
+    ours = ("bos_token_id", "eos_token_id", "transformers_version", "_from_model_config")
+    return {name: value for name, value in values.items() if name not in ours}
+
+
 def _id(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 

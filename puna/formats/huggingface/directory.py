@@ -22,6 +22,7 @@ from puna.formats.huggingface.config_json import (
     read_bos_id,
     read_config,
     read_end_ids,
+    read_generation,
     token_ids,
     write_config,
 )
@@ -70,6 +71,7 @@ def read(directory: Path) -> Source:
         stored=tensors.stored,
         end_ids=read_end_ids(generation) or read_end_ids(values),
         bos_id=read_bos_id(values),
+        generation=read_generation(generation),
         open_tokenizer=partial(puna.tokenizer.load, directory) if has_tokenizer else None,
     )
 
@@ -98,7 +100,7 @@ def write(target: Path, content: Content, settings: HuggingFaceSettings, record:
     dtype = write_tensors(target, content.weights, settings.dtype, settings.shard_bytes, record)
     ends, bos = content.end_ids, content.bos_id
     write_object(target / CONFIG, write_config(content.config, dtype, bos, ends))
-    write_object(target / GENERATION, token_ids(bos, ends))
+    write_object(target / GENERATION, {**content.generation, **token_ids(bos, ends)})
     if content.tokenizer is not None:
         content.tokenizer.save(target)
     return []

@@ -16,7 +16,7 @@ from torch import Tensor
 from puna.errors import ModelError
 from puna.formats import rotary
 from puna.formats.archives import torch_archive
-from puna.formats.beside import tokenizer_beside
+from puna.formats.beside import own_vocabulary, tokenizer_beside
 from puna.formats.casting import is_finite, stored
 from puna.formats.content import Content, Obstacle, Record
 from puna.formats.huggingface.safetensors_writer import payload
@@ -45,7 +45,6 @@ from puna.model.config import ModelConfig
 from puna.model.weights import Packed, Weights, shapes
 from puna.settings import Settings
 
-TOKENIZER = "tokenizer.bin"  # the name that run.c looks for
 _NO_THETA = f"rope_theta {THETA:g}: llama2.c defines it, its files do not name it"
 _NO_EPS = f"rms_norm_eps {EPS:g} and rope_theta {THETA:g}: run.c defines them, its files do not name them"
 
@@ -199,22 +198,23 @@ def obstacles(content: Content, settings: Llama2cSettings) -> Iterator[Obstacle]
 
 
 def write(target: Path, content: Content, settings: Llama2cSettings, record: Record) -> list[str]:
-    """Write a model file, and tokenizer.bin beside it; the model's tensors go straight to their places.
+    """Write a model file, and its tokenizer beside it; the model's tensors go straight to their places.
 
     Returns what the user should know of it, a sentence each.
 
     Raises:
         ModelError: the weights cannot be stored.
-        TokenizerError: tokenizer.bin cannot express the tokenizer.
+        TokenizerError: such a file cannot express the tokenizer.
         OSError: as it comes; the file is then incomplete.
     """
-    if target.name == TOKENIZER:
-        raise ModelError(f"{target.name} is the name of the tokenizer beside a model; choose another")
+    if target.name.startswith("tok") and target.suffix == ".bin":
+        raise ModelError(f"{target.name} is a name for the tokenizer beside a model; choose another")
     notes = _write_model(target, content.weights, settings, record)
-    if content.tokenizer is not None:
-        data = llama2c_limits.vocabulary_of(content.tokenizer, content.config.vocab_size)
-        (target.parent / TOKENIZER).write_bytes(data)
-    return notes
+    if content.tokenizer is None:
+        return notes
+    place = own_vocabulary(target)
+    place.write_bytes(llama2c_limits.vocabulary_of(content.tokenizer, content.config.vocab_size))
+    return [*notes, f"the tokenizer is {place.name}; run.c takes it with -z"]
 
 
 def _write_model(target: Path, weights: Weights, settings: Llama2cSettings, record: Record) -> list[str]:

@@ -27,7 +27,7 @@ def obstacles(content: Content) -> Iterator[Obstacle]:
     if config.sliding_window is not None:
         changed = config.model_copy(update={"sliding_window": None})
         yield Obstacle(
-            f"a sliding window of {config.sliding_window}",
+            f"a sliding window of {config.sliding_window} (longer texts get other answers without it)",
             replace(content, weights=Weights(changed, content.weights.tensors)),
         )
     others = sorted({*content.end_ids} - {BOS, EOS})
@@ -82,5 +82,5 @@ def _tokenizer(content: Content) -> Iterator[Obstacle]:
         yield Obstacle(f"its tokenizer: {error}", replace(content, tokenizer=None))
         return
     if tokenizer.chat_template is not None:
-        plain = Tokenizer(tokenizer.codec, tokenizer.end_ids)
+        plain = Tokenizer(tokenizer.codec, tokenizer.end_ids, extras=tokenizer.extras)
         yield Obstacle("a chat template", replace(content, tokenizer=plain))

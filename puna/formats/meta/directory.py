@@ -19,7 +19,7 @@ from puna.formats import provenance
 from puna.formats.archives.torch_writer import Stored, TorchWriter
 from puna.formats.casting import stored
 from puna.formats.content import Content, Obstacle, Record
-from puna.formats.huggingface.config_json import read_bos_id, read_end_ids, token_ids
+from puna.formats.huggingface.config_json import read_bos_id, read_end_ids, read_generation, token_ids
 from puna.formats.json_files import read_object, write_object
 from puna.formats.meta.names import to_meta
 from puna.formats.meta.params import PARAMS, read_params, unsaid, write_params
@@ -35,6 +35,7 @@ from puna.tokenizer.model_file import model_file
 from puna.tokenizer.tokenizer import Tokenizer
 
 GENERATION, TOKENIZER = "generation_config.json", "tokenizer.model"
+_LLAMA3_WORDS = 128_000  # where no tokenizer tells Llama 3 from its predecessors, the vocabulary does
 _FILE = re.compile(r"consolidated\.(\d{2,4})\.pth", re.ASCII)
 
 
@@ -78,6 +79,7 @@ def read(directory: Path) -> Source:
         stored=tensors.stored,
         end_ids=read_end_ids(generation),
         bos_id=read_bos_id(generation),
+        generation=read_generation(generation),
         open_tokenizer=open_tokenizer,
         notes=(*notes, *above),
     )
@@ -94,11 +96,13 @@ def obstacles(content: Content, settings: MetaSettings) -> Iterator[Obstacle]:
             f"{config.hidden_size} / {config.num_attention_heads}",
             None,
         )
-    for name in _indivisible(content, settings.shards):
-        yield Obstacle(f"{name} {getattr(config, name)} in {settings.shards} equal shards", None)
+    uneven = ", ".join(f"{name} {getattr(config, name)}" for name in _indivisible(content, settings.shards))
+    if uneven:
+        yield Obstacle(f"{settings.shards} equal shards of {uneven} (--shards)", None)
     if config.sliding_window is not None:
         yield Obstacle(
-            f"a sliding window of {config.sliding_window}", _reshaped(content, sliding_window=None)
+            f"a sliding window of {config.sliding_window} (longer texts get other answers without it)",
+            _reshaped(content, sliding_window=None),
         )
     scaling = config.rope_scaling
     if not isinstance(scaling, NoScaling) and unsaid(config, scaled=True)[1] != scaling:
@@ -124,11 +128,12 @@ def write(target: Path, content: Content, settings: MetaSettings, record: Record
     """
     target.mkdir(parents=True)
     config, tokenizer = content.config, _original(content.tokenizer)
-    by_rows = _is_tiktoken(tokenizer)
+    by_rows = _is_tiktoken(tokenizer) if tokenizer is not None else config.vocab_size >= _LLAMA3_WORDS
     _write_tensors(target, content.weights, settings, 0 if by_rows else 1, record)
     write_object(target / PARAMS, write_params(config, explicit_theta=by_rows))
-    if content.end_ids or content.bos_id is not None:
-        write_object(target / GENERATION, token_ids(content.bos_id, content.end_ids))
+    if content.end_ids or content.bos_id is not None or content.generation:
+        ids = token_ids(content.bos_id, content.end_ids)
+        write_object(target / GENERATION, {**content.generation, **ids})
     if tokenizer is not None:
         saving.save_original(tokenizer, tokenizer.codec, target)
     context = unsaid(config, isinstance(config.rope_scaling, Llama3Scaling))[0]
@@ -202,24 +207,27 @@ def _original(tokenizer: Tokenizer | None) -> Tokenizer | None:
     """The same tokenizer as a tokenizer.model has it."""
     if tokenizer is None:
         return None
-    return Tokenizer(model_file(tokenizer.codec), tokenizer.end_ids, tokenizer.chat_template)
+    codec = model_file(tokenizer.codec)
+    return Tokenizer(codec, tokenizer.end_ids, tokenizer.chat_template, tokenizer.extras)
 
 
 def _is_tiktoken(tokenizer: Tokenizer | None) -> bool:
     return tokenizer is not None and tokenizer.kind == "tiktoken"
 
 
-def _cuts_rows(tokenizer: Tokenizer | None) -> bool:
+def _cuts_rows(content: Content) -> bool:
     """Whether the embedding is cut along the vocabulary, as Llama 3's is."""
+    if content.tokenizer is None:
+        return content.config.vocab_size >= _LLAMA3_WORDS
     try:
-        return _is_tiktoken(_original(tokenizer))
+        return _is_tiktoken(_original(content.tokenizer))
     except TokenizerError:
         return False
 
 
 def _indivisible(content: Content, shards: int) -> Iterator[str]:
     """What a matrix is cut along, by the config's names, that does not come out even."""
-    embedding = () if _cuts_rows(content.tokenizer) else ("hidden_size",)
+    embedding = () if _cuts_rows(content) else ("hidden_size",)
     names = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size", *embedding)
     return (name for name in names if getattr(content.config, name) % shards)
 
