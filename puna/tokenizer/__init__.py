@@ -8,9 +8,11 @@ sentencepiece_writer.py  its file again, from pieces or from a tokenizer.json
 llama2c_vocabulary.py    llama2.c's tokenizer.bin
 tiktoken_reader.py       Llama 3
 json_reader.py           tokenizer.json of Hugging Face
+json_steps.py            what in one is refused before a library runs it
 stream.py                ids → text as they come, never half a character
 specials.py              where special tokens stand in a text
 sidecar.py               tokenizer_config.json and the other files beside a tokenizer
+extras.py                what of them decides no ids and is carried along
 model_file.py            a tokenizer.model for tokenizers that came as tokenizer.json
 saving.py, export.py     a directory that transformers opens with the same ids
 merges.py, protobuf.py   BPE merges from scores or ranks; SentencePiece's own file format

@@ -111,6 +111,12 @@ TEMPLATES = {
     "chatml": _CHATML,
 }
 
+# Tokens that a template frames messages with; without them the frame would be spelled in ordinary pieces.
+MARKS = {
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+}
+
 
 def render(
     tokenizer: Tokenizer,
@@ -125,7 +131,8 @@ def render(
     are what else the template may ask for (`tools`, …); `add_generation_prompt` opens the next answer.
 
     Raises:
-        TokenizerError: there is no such template, it fails, or it refuses the conversation.
+        TokenizerError: there is no such template, this tokenizer lacks its tokens, it fails, or it refuses
+            the conversation.
     """
     text, originals = _render(tokenizer, messages, template, add_generation_prompt, variables or {})
     parts = list(specials.split(text, tokenizer.specials, tokenizer.pattern))
@@ -177,18 +184,34 @@ def _render(
 
 def _source(tokenizer: Tokenizer, template: str | None) -> str:
     if template is None:
-        template = tokenizer.chat_template
-        if template is None:
-            raise TokenizerError(
-                f"this tokenizer has no chat template; name one of {', '.join(TEMPLATES)}, or give one"
-            )
-        return template
+        if tokenizer.chat_template is None:
+            raise TokenizerError(f"this tokenizer has no chat template; name one of {_fitting(tokenizer)}")
+        return tokenizer.chat_template
     if template not in TEMPLATES and "{" not in template:
         raise TokenizerError(
             f"no chat template {template!r}; expected one of {', '.join(TEMPLATES)}, or the text of one."
             + nearest(template, TEMPLATES)
         )
+    missing = next((name for name in MARKS.get(template, ()) if not _is_token(tokenizer, name)), None)
+    if missing is not None:
+        raise TokenizerError(
+            f"the chat template {template!r} needs the token {missing!r}, which this tokenizer lacks; "
+            f"those that fit it: {_fitting(tokenizer)}"
+        )
     return TEMPLATES.get(template, template)
+
+
+def _fitting(tokenizer: Tokenizer) -> str:
+    """The templates that can be named for this tokenizer, and where: in Python and at the command line."""
+    names = [name for name in TEMPLATES if all(_is_token(tokenizer, mark) for mark in MARKS.get(name, ()))]
+    return f"{', '.join(names)} (template=, --template)"
+
+
+def _is_token(tokenizer: Tokenizer, name: str) -> bool:
+    """Whether it is one: special, or one that text becomes."""
+    if name in tokenizer.specials:
+        return True
+    return any(tokenizer.token_bytes(index) == name.encode() for index in tokenizer.encode(name, bos=False))
 
 
 def _checked(messages: Sequence[Message]) -> Sequence[Message]:

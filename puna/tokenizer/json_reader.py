@@ -12,12 +12,11 @@ import tokenizers
 from puna.errors import TokenizerError
 from puna.tokenizer.codec import BYTE_PIECE, PLACEHOLDER, VOCABULARY_LIMIT, ParseOptions, Vocabulary
 from puna.tokenizer.export import BYTE_OF
+from puna.tokenizer.json_steps import check_steps
 from puna.tokenizer.sidecar import parse_json
 
 LeadingSpace = Literal["each", "first", "none"]
 Document = dict[str, Any]
-_STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
-_MOST_STEPS, _LONGEST_IN_STEP = 10_000, 10_000  # values of any kind; characters
 # Where no file beside it names the end of a text.
 _USUAL_EOS = ("</s>", "<|end_of_text|>", "<|endoftext|>")
 
@@ -157,8 +156,7 @@ def read_document(data: bytes) -> Document:
             f"id {wrong!r} in the vocabulary is not a number from 0 to {VOCABULARY_LIMIT - 1}"
         )
     _refuse_options(model)
-    for role in _STEPS:
-        _refuse_steps(document.get(role), role)
+    check_steps(document)
     return document
 
 
@@ -167,20 +165,6 @@ def _refuse_options(model: Document) -> None:
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise TokenizerError(f"the vocabulary's setting {name!r}, which no Llama uses, is not supported")
-
-
-def _refuse_steps(value: Any, role: str) -> None:
-    """Steps without end, or that put long texts into every text."""
-    waiting, seen = [value], 0
-    while waiting:
-        item = waiting.pop()
-        seen += 1
-        if seen > _MOST_STEPS or (isinstance(item, str) and len(item) > _LONGEST_IN_STEP):
-            raise TokenizerError(f"not a tokenizer.json: its {role} has too many steps or too long texts")
-        if isinstance(item, dict):
-            waiting += [part for name, part in item.items() if name != "precompiled_charsmap"]
-        elif isinstance(item, list):
-            waiting += item
 
 
 def _with_specials(document: Document, names: Collection[str | int | None]) -> Document:

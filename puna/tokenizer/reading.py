@@ -77,10 +77,10 @@ def _names_beyond(size: int, sidecar: Sidecar) -> list[str]:
         TokenizerError: their ids do not follow those of the model.
     """
     beyond = {index: name for index, name in sidecar.added.items() if index >= size}
-    if sorted(beyond) != list(range(size, size + len(beyond))):
+    wrong = next((index for place, index in enumerate(sorted(beyond)) if index != size + place), None)
+    if wrong is not None:
         raise TokenizerError(
-            f"the files beside it add tokens with ids {', '.join(map(str, sorted(beyond)[:4]))}…; "
-            f"expected {size} and on, after the {size} of the model"
+            f"the files beside it add a token with id {wrong}, and not all from {size}, where its own end"
         )
     return [beyond[index] for index in sorted(beyond)]
 
@@ -89,7 +89,7 @@ def _with_sidecar(codec: Codec, sidecar: Sidecar) -> Tokenizer:
     specials, size = codec.vocabulary.specials, len(codec.vocabulary.texts)
     named = [specials[name] for name in _END_NAMES if name in specials]
     ends = [index for index in sidecar.end_ids if 0 <= index < size]
-    return Tokenizer(codec, [*ends, *named], sidecar.chat_template)
+    return Tokenizer(codec, [*ends, *named], sidecar.chat_template, sidecar.extras)
 
 
 def _read(path: Path) -> bytes:

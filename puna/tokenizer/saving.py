@@ -8,7 +8,7 @@ from typing import Any
 
 from puna.errors import TokenizerError
 from puna.files import disk_errors, write_atomically
-from puna.tokenizer import export
+from puna.tokenizer import export, extras
 from puna.tokenizer.codec import Codec
 from puna.tokenizer.tokenizer import Tokenizer
 
@@ -54,13 +54,22 @@ def _config(tokenizer: Tokenizer) -> dict[str, Any]:
             str(token.pop("id")): token for token in export.added_tokens(tokenizer.specials)
         },
         **_token_names(tokenizer),
+        **{key: value for key, value in tokenizer.extras.items() if key != extras.TEMPLATES},
         "clean_up_tokenization_spaces": False,
         # This class makes transformers take tokenizer.json as it is, instead of rebuilding it.
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    if tokenizer.chat_template is not None:
-        config["chat_template"] = tokenizer.chat_template
-    return config
+    template = _templates(tokenizer)
+    return config if template is None else {**config, "chat_template": template}
+
+
+def _templates(tokenizer: Tokenizer) -> str | list[dict[str, str]] | None:
+    """One template as its text, several as a list with names."""
+    others = tokenizer.extras.get(extras.TEMPLATES)
+    if not others:
+        return tokenizer.chat_template
+    default = {} if tokenizer.chat_template is None else {"default": tokenizer.chat_template}
+    return [{"name": name, "template": text} for name, text in {**default, **others}.items()]
 
 
 def _token_names(tokenizer: Tokenizer) -> dict[str, str]:

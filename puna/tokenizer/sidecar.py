@@ -1,4 +1,4 @@
-"""What the files beside a tokenizer say: names of special tokens, end tokens, the chat template."""
+"""What the files beside a tokenizer say: names of special tokens, end tokens, chat templates."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from puna.errors import TokenizerError
+from puna.tokenizer.codec import VOCABULARY_LIMIT
+from puna.tokenizer.extras import read_extras, token_name
 
 SIZE_LIMIT = 64 << 20  # bytes
+_DEFAULT = "default"  # the name of the chat template that is meant where none is named
+_MORE_TEMPLATES = "additional_chat_templates"
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Sidecar:
     chat_template: str | None = None
     added: Mapping[int, str] = field(default_factory=dict)
     special: Mapping[int, bool] = field(default_factory=dict)
+    extras: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_sidecar(directory: Path) -> Sidecar:
@@ -39,15 +44,17 @@ def read_sidecar(directory: Path) -> Sidecar:
     added = _listed(directory / "added_tokens.json")
     added |= dict(_added_tokens(config, directory / "tokenizer_config.json"))
     add_bos = config.get("add_bos_token")
+    templates = _templates(config, directory)
     return Sidecar(
-        bos=_token(config.get("bos_token")),
-        eos=_token(config.get("eos_token")),
-        unk=_token(config.get("unk_token")),
+        bos=token_name(config.get("bos_token")),
+        eos=token_name(config.get("eos_token")),
+        unk=token_name(config.get("unk_token")),
         add_bos=add_bos if isinstance(add_bos, bool) else None,
         end_ids=_ids(generation.get("eos_token_id", model.get("eos_token_id"))),
-        chat_template=_template(config, directory),
+        chat_template=templates.pop(_DEFAULT, None),
         added={index: content for index, (content, _) in added.items()},
         special={index: special for index, (_, special) in added.items()},
+        extras=read_extras(config, templates, str(directory / "tokenizer_config.json")),
     )
 
 
@@ -89,13 +96,6 @@ def _read(path: Path) -> dict[str, Any]:
     return {} if text is None else parse_json(text, str(path))
 
 
-def _token(value: Any) -> str | None:
-    """A token is written as its name, or as an object that holds it."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) and value else None
-
-
 def _ids(value: Any) -> tuple[int, ...]:
     values = value if isinstance(value, list) else [value]
     return tuple(item for item in values if isinstance(item, int) and not isinstance(item, bool))
@@ -106,7 +106,7 @@ def _added_tokens(config: dict[str, Any], path: Path) -> Iterator[tuple[int, tup
     if not isinstance(table, dict):
         raise TokenizerError(f"{path}: added_tokens_decoder must be an object")
     for key, value in table.items():
-        content = _token(value)
+        content = token_name(value)
         if not (key.isascii() and key.isdigit()) or len(key) > 20 or content is None:
             raise TokenizerError(f"{path}: added_tokens_decoder[{key[:40]!r}] must map an id to a token")
         yield int(key), (content, isinstance(value, dict) and value.get("special") is True)
@@ -114,21 +114,29 @@ def _added_tokens(config: dict[str, Any], path: Path) -> Iterator[tuple[int, tup
 
 def _listed(path: Path) -> dict[int, tuple[str, bool]]:
     """added_tokens.json of older directories: tokens and their ids."""
-    table = _read(path)
-    wrong = next((name for name, index in table.items() if not isinstance(index, int) or not name), None)
-    if wrong is not None:
-        raise TokenizerError(f"{path}: {wrong!r} must map a token to its id")
-    return {index: (name, True) for name, index in table.items()}
+    added: dict[int, tuple[str, bool]] = {}
+    for key, index in _read(path).items():
+        name = token_name(key)
+        if name is None or type(index) is not int or not 0 <= index < VOCABULARY_LIMIT or index in added:
+            raise TokenizerError(f"{path}: {key[:40]!r} must map a token to an id of its own")
+        added[index] = (name, True)
+    return added
 
 
-def _template(config: dict[str, Any], directory: Path) -> str | None:
-    """A template has a file of its own in newer directories; several are a list with names."""
-    own = read_text(directory / "chat_template.jinja")
-    if own is not None:
-        return own
+def _templates(config: dict[str, Any], directory: Path) -> dict[str, str]:
+    """Chat templates by name; several are a list with names, or files of their own."""
     value = config.get("chat_template", _read(directory / "chat_template.json").get("chat_template"))
+    pairs: list[tuple[Any, Any]] = [(_DEFAULT, value)]
     if isinstance(value, list):
-        named = (item for item in value if isinstance(item, dict) and item.get("name") == "default")
-        value = next((item.get("template") for item in named), None)
+        pairs = [(item.get("name"), item.get("template")) for item in value if isinstance(item, dict)]
+    files = {path.stem: path for path in sorted((directory / _MORE_TEMPLATES).glob("*.jinja"))}
+    if sum(path.stat().st_size for path in files.values() if path.is_file()) > SIZE_LIMIT:
+        raise TokenizerError(f"{directory / _MORE_TEMPLATES}: larger than {SIZE_LIMIT >> 20} MiB together")
+    files[_DEFAULT] = directory / "chat_template.jinja"
+    pairs += [(name, read_text(path)) for name, path in files.items()]
     # JSON can spell half a surrogate pair, which no text holds.
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else None
+    return {
+        name.encode("utf-8", "replace").decode(): text.encode("utf-8", "replace").decode()
+        for name, text in pairs
+        if isinstance(name, str) and isinstance(text, str)
+    }

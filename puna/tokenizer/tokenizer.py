@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from puna.errors import TokenizerError
 from puna.tokenizer import specials as special_tokens
@@ -26,13 +28,20 @@ class Tokenizer:
     May be pickled, and used from several threads.
     """
 
-    def __init__(self, codec: Codec, end_ids: Sequence[int] = (), chat_template: str | None = None) -> None:
-        """`end_ids` are the tokens that end an answer besides the end of text."""
+    def __init__(
+        self,
+        codec: Codec,
+        end_ids: Sequence[int] = (),
+        chat_template: str | None = None,
+        extras: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`end_ids` end an answer besides the end of text; `extras` are those of extras.py."""
         self._codec = codec
         self._vocabulary = codec.vocabulary
         eos = () if self._vocabulary.eos_id is None else (self._vocabulary.eos_id,)
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys((*eos, *end_ids)))
         self.chat_template = chat_template
+        self._extras = dict(extras or {})
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.kind}, vocab_size={self.vocab_size})"
@@ -71,6 +80,11 @@ class Tokenizer:
     def specials(self) -> Mapping[str, int]:
         """Name → id of every special token."""
         return self._vocabulary.specials
+
+    @property
+    def extras(self) -> Mapping[str, Any]:
+        """What its files say that decides no ids, for `save` to write again."""
+        return MappingProxyType(self._extras)
 
     @cached_property
     def fingerprint(self) -> str:

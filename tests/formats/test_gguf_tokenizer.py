@@ -269,3 +269,17 @@ def test_a_tokenizer_that_cannot_be_read_leaves_the_weights(
         return
     with pytest.raises(TokenizerError, match=message):
         source.tokenizer()
+
+
+@pytest.mark.parametrize("kind", gguf_files.TOKENIZERS)
+def test_the_padding_token_goes_through(kind: str, tmp_path: Path) -> None:
+    small = gguf_files.TOKENIZERS[kind]()
+    name = next(reversed(small.specials))
+    padded = Tokenizer(small.codec, small.end_ids, extras={"pad_token": name})
+    again = through(tmp_path / "a.gguf", padded)
+    assert (again.extras, again.fingerprint) == (
+        {"pad_token": name},
+        through(tmp_path / "b.gguf", small).fingerprint,
+    )
+    unknown = Tokenizer(small.codec, small.end_ids, extras={"pad_token": "<nothing>"})
+    assert through(tmp_path / "c.gguf", unknown).extras == {}

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from puna.tokenizer.chat import MARKS
 from puna.tokenizer.reading import load
+from puna.tokenizer.tiktoken_reader import TiktokenCodec
 from puna.tokenizer.tokenizer import Tokenizer
 from puna.tokenizer.train import TokenizerSettings, train
 
@@ -101,12 +103,46 @@ def ranked(ranked_directory: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
+def framed(small_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """The trained tokenizer with the tokens of every built-in template added, as fine-tunes add them."""
+    directory = tmp_path_factory.mktemp("framed")
+    (directory / "tokenizer.model").write_bytes((small_directory / "tokenizer.model").read_bytes())
+    names = [name for marks in MARKS.values() for name in marks]
+    added = {name: 600 + place for place, name in enumerate(names)}
+    (directory / "added_tokens.json").write_text(json.dumps(added))
+    return load(directory)
+
+
+@pytest.fixture(scope="session")
 def modern(small_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """The trained tokenizer again, from its tokenizer.json alone."""
     directory = tmp_path_factory.mktemp("modern")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (directory / name).write_bytes((small_directory / name).read_bytes())
     return load(directory)
+
+
+@pytest.fixture(scope="session")
+def framed_ranked(ranked_directory: Path) -> Tokenizer:
+    """The tiktoken tokenizer with the tokens of every built-in template."""
+    data = (ranked_directory / "tokenizer.model").read_bytes()
+    reserved = len(data.splitlines()) + 2
+    return Tokenizer(TiktokenCodec(data, {reserved: "<|im_start|>", reserved + 1: "<|im_end|>"}))
+
+
+@pytest.fixture(scope="session")
+def framed_modern(framed: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """`framed` again, from its tokenizer.json alone."""
+    directory = tmp_path_factory.mktemp("framed_modern")
+    framed.save(directory)
+    (directory / "tokenizer.model").unlink()
+    return load(directory)
+
+
+@pytest.fixture(params=["framed", "framed_ranked", "framed_modern"])
+def each_framed(request: pytest.FixtureRequest) -> Tokenizer:
+    """Every kind of tokenizer in turn, with the tokens of every built-in template."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(params=["small", "ranked", "modern"])

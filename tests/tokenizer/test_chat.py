@@ -14,7 +14,7 @@ from tiktoken.load import load_tiktoken_bpe
 from transformers import AutoTokenizer
 
 from puna.errors import TokenizerError
-from puna.tokenizer.chat import TEMPLATES, render, render_text
+from puna.tokenizer.chat import MARKS, TEMPLATES, render, render_text
 from puna.tokenizer.reading import load
 from puna.tokenizer.tiktoken_reader import PATTERN
 from puna.tokenizer.tokenizer import Tokenizer
@@ -56,7 +56,7 @@ def test_llama2_ids_are_metas_rule(assets: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama2", "llama3", "vicuna", "alpaca", "chatml"])
-def test_texts(name: str, small: Tokenizer) -> None:
+def test_texts(name: str, framed: Tokenizer) -> None:
     expected = {
         "llama2": "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi there [/INST] Hello! </s>"
         "<s>[INST] <s>Why?</s> [/INST]",
@@ -72,24 +72,24 @@ def test_texts(name: str, small: Tokenizer) -> None:
         "<|im_start|>assistant\n Hello!<|im_end|>\n<|im_start|>user\n<s>Why?</s><|im_end|>\n"
         "<|im_start|>assistant\n",
     }
-    assert render_text(small, TALK, name) == expected[name]
+    assert render_text(framed, TALK, name) == expected[name]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_answer_continues_what_the_prompt_opened(name: str, each: Tokenizer) -> None:
+def test_the_answer_continues_what_the_prompt_opened(name: str, each_framed: Tokenizer) -> None:
     """The prompt is the beginning of the whole conversation, as text; and without it nothing is opened."""
-    closed = render_text(each, TALK, name, add_generation_prompt=False)
-    answered = render_text(each, [*TALK, {"role": "assistant", "content": "Because."}], name)
-    opened = render_text(each, TALK, name)
+    closed = render_text(each_framed, TALK, name, add_generation_prompt=False)
+    answered = render_text(each_framed, [*TALK, {"role": "assistant", "content": "Because."}], name)
+    opened = render_text(each_framed, TALK, name)
     assert opened.startswith(closed)
     assert answered.startswith(opened)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_bos_once_at_the_beginning(name: str, each: Tokenizer) -> None:
-    ids = render(each, TALK[1:2], name)
-    assert ids[0] == each.bos_id
-    assert ids.count(each.bos_id) == 1
+def test_bos_once_at_the_beginning(name: str, each_framed: Tokenizer) -> None:
+    ids = render(each_framed, TALK[1:2], name)
+    assert ids[0] == each_framed.bos_id
+    assert ids.count(each_framed.bos_id) == 1
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def _hostile(tokenizer: Tokenizer) -> st.SearchStrategy[str]:
     )
 
 
-@pytest.mark.parametrize("kind", ["small", "ranked", "modern"])
+@pytest.mark.parametrize("kind", ["framed", "framed_ranked", "framed_modern"])
 @settings(
     max_examples=60,
     deadline=None,
@@ -247,11 +247,54 @@ def test_bad_templates(template: str, message: str, small: Tokenizer) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("name", "marks"), MARKS.items())
+def test_a_template_whose_tokens_are_missing(name: str, marks: tuple[str, ...], small: Tokenizer) -> None:
+    """They would be spelled in ordinary pieces, which no model was trained on."""
+    with pytest.raises(TokenizerError) as caught:
+        render(small, TALK, name)
+    assert str(caught.value) == (
+        f"the chat template {name!r} needs the token {marks[0]!r}, which this tokenizer lacks; "
+        "those that fit it: llama2, vicuna, alpaca (template=, --template)"
+    )
+    with pytest.raises(TokenizerError, match="needs the token"):
+        render_text(small, TALK, name)
+    assert render(small, TALK, TEMPLATES[name])  # given as a text, it is taken as it is
+
+
+def test_the_tokens_of_a_template_are_ids_of_their_own(each_framed: Tokenizer) -> None:
+    for name, marks in MARKS.items():
+        ids = render(each_framed, TALK, name)
+        assert ids.count(each_framed.specials[marks[0]]) == 5
+    assert str(_refusal(each_framed)).endswith(
+        "llama2, llama3, vicuna, alpaca, chatml (template=, --template)"
+    )
+
+
+def _refusal(tokenizer: Tokenizer) -> TokenizerError:
+    with pytest.raises(TokenizerError, match="has no chat template") as caught:
+        render(tokenizer, TALK)
+    return caught.value
+
+
+def test_tokens_that_text_becomes_will_do(small: Tokenizer, tmp_path: Path) -> None:
+    """Some fine-tunes add their frame as ordinary tokens."""
+    small.save(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    document = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    ordinary = {**document["added_tokens"][0], "special": False}
+    for place, name in enumerate(MARKS["chatml"]):
+        document["added_tokens"].append({**ordinary, "id": 600 + place, "content": name})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+    tokenizer = load(tmp_path)
+    assert "<|im_start|>" not in tokenizer.specials
+    assert render(tokenizer, TALK, "chatml").count(600) == 5
+
+
 def test_bad_conversations(small: Tokenizer) -> None:
-    with pytest.raises(TokenizerError, match="has no chat template; name one of llama2"):
+    with pytest.raises(TokenizerError, match=r"name one of llama2, .*alpaca \(template=, --template\)$"):
         render(small, TALK)
     with pytest.raises(TokenizerError, match="message 2 of the conversation must be an object with a 'role'"):
-        render(small, [TALK[0], {"content": "x"}], "llama3")
+        render(small, [TALK[0], {"content": "x"}], "llama2")
     with pytest.raises(TokenizerError, match="must take turns"):
         render(small, [TALK[1], TALK[1]], "llama2")
 

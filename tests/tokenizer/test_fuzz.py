@@ -45,6 +45,8 @@ STEPS: list[Any] = [
     {"type": "Replace", "pattern": {"Regex": "("}},
     {"type": "Replace", "pattern": {"Regex": "(?=a)*|\\1"}, "content": "x" * 1000},
     {"type": "Replace", "pattern": {"String": ""}, "content": "xy"}, {"type": "Prepend", "prepend": ""},
+    {"pattern": {"String": "a"}, "content": "a" * 200},
+    {"type": "Sequence", "normalizers": [{"pattern": {"String": "a"}, "content": "a" * 99}] * 6},
     {"type": "Prepend", "prepend": "x" * 100_000},
     {"type": "Strip", "content": "a", "start": 2**63, "stop": 2**63},
     {"type": "Strip", "content": "ab", "start": -1, "stop": 0},
@@ -58,6 +60,8 @@ STEPS: list[Any] = [
     {"type": "Split", "pattern": {"Regex": "\\p{L}"}, "behavior": "Removed", "invert": True},
     {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
     {"type": "Precompiled", "precompiled_charsmap": "/////w=="},
+    {"type": "Precompiled", "precompiled_charsmap": "BAAAAAAAAABhAA=="},
+    {"type": "Precompiled", "precompiled_charsmap": "CAAAAP////////8A"},
     {"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "CTC"}, {"type": "WordPiece"},
     {"type": "BPEDecoder"},
     {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}},
@@ -304,8 +308,15 @@ CONFIG: dict[str, Any] = {
     ],
     "eos_token_id": [2, 600],
     "model_max_length": 10**30,
+    "pad_token": {"content": "<pad>"},
+    "padding_side": "left",
+    "additional_special_tokens": ["<pad>", {"content": "</s>"}],
+    "extra_special_tokens": {"image_token": "<image>"},
+    "add_eos_token": True,
     "tokenizer_class": "LlamaTokenizer",
 }
+# added_tokens.json, of tokens beyond the 600 of the vocabulary.
+LISTED: dict[str, Any] = {"[PAD]": 600, "<|im_start|>": 601, "<|im_end|>": 602}
 BESIDE = ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json"]
 BESIDE += ["chat_template.json", "chat_template.jinja", "added_tokens.json"]
 ODD: list[Any] = [
@@ -329,6 +340,35 @@ def _beside(draw: Draw, data: bytes) -> bytes:
         key = draw.choice(list(config))
         config = {**config, key: draw.choice([bent(draw, config[key]), draw.choice(ODD)])}
     return json.dumps(config).encode()
+
+
+def _listed(draw: Draw, data: bytes) -> bytes:
+    """added_tokens.json with ids and names that do not fit, or too many of them."""
+    if draw.random() < 0.1:
+        return cut_or_flipped(draw, json.dumps(LISTED).encode())
+    table: Any = dict(LISTED)
+    for _ in range(draw.choice([1, 1, 2, 4])):
+        name = draw.choice([*LISTED, "", "<s>", "a", "▁the", "\ud800", "\0", "x" * 10**5, "<0x0A>", " ", "▁"])
+        ids = [
+            *range(595, 606),
+            -1,
+            2**22 - 1,
+            2**22,
+            2**64,
+            10**400,
+            True,
+            None,
+            "600",
+            600.0,
+            [600],
+            {"id": 1},
+        ]
+        table[name] = draw.choice(ids)
+    if draw.random() < 0.1:
+        table = {
+            f"<{index}>": index for index in range(draw.choice([0, 600]), 600 + draw.choice([1, 9, 5000]))
+        }
+    return json.dumps(bent(draw, table) if draw.random() < 0.2 else table).encode()
 
 
 # --- templates ---
@@ -457,6 +497,7 @@ KINDS: dict[str, tuple[str, str, Damage]] = {
     "tiktoken": ("tokenizer.model", "ranked", _ranks),
     "beside": ("", "small", _beside),
     "beside json": ("", "modern", _beside),
+    "added tokens": ("added_tokens.json", "small", _listed),
     "template": ("chat_template.jinja", "small", _template),
 }
 STRINGS = ["", " ", "hello the\n é12", "a<s>b</s> ", "日本😀\0", "▁▁ x  ", "aaaa" * 50, "self._x = 0x1F"]
@@ -474,7 +515,7 @@ def _use(tokenizer: Tokenizer) -> None:
     tokenizer.decode(some)
     assert all(isinstance(tokenizer.piece(index), str) for index in some)
     assert len(tokenizer.fingerprint) == 64
-    render(tokenizer, TALK[:3], None if tokenizer.chat_template is not None else "llama3")
+    render(tokenizer, TALK[:3], None if tokenizer.chat_template is not None else "vicuna")
 
 
 def _save(tokenizer: Tokenizer, directory: Path) -> None:

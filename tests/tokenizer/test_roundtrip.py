@@ -31,7 +31,8 @@ RELAXED = settings(
 @given(text=TEXTS)
 def test_every_text_survives(each: Tokenizer, text: str) -> None:
     assert each.decode(each.encode(text, eos=True)) == text
-    assert each.decode(each.encode(text, bos=False, specials=True), specials=True) == text
+    if "<unk>" not in text:  # which is shown as SentencePiece shows it, not by name
+        assert each.decode(each.encode(text, bos=False, specials=True), specials=True) == text
 
 
 def test_every_character_survives(each: Tokenizer) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
+from transformers import AutoTokenizer
 
 from puna.errors import TokenizerError
 from puna.tokenizer import protobuf
@@ -111,6 +114,97 @@ def test_user_defined_symbols_are_special_too(small_directory: Path) -> None:
     assert declared.encode("a<|user|>b", bos=False) == plain.encode("a<|user|>b")
     with pytest.raises(TokenizerError, match="user-defined symbols"):
         declared.save(small_directory / "refused")
+
+
+def _beside(small_directory: Path, tmp_path: Path, added: Any, **config: Any) -> Path:
+    (tmp_path / "tokenizer.model").write_bytes((small_directory / "tokenizer.model").read_bytes())
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_tokens_beyond_the_model(
+    small: Tokenizer, small_directory: Path, tmp_path: Path, hard: list[str]
+) -> None:
+    """As Alpaca and Vicuna add them: the pieces stay as they are, and the new ones are special."""
+    ours = load(_beside(small_directory, tmp_path, {"<|im_end|>": 601, "[PAD]": 600}))
+    assert (ours.kind, ours.vocab_size, ours.end_ids) == ("SentencePiece", 602, (2, 601))
+    assert ours.specials == {**small.specials, "[PAD]": 600, "<|im_end|>": 601}
+    assert ours.encode_batch(hard) == small.encode_batch(hard)
+    assert ours.encode("a[PAD]b") == small.encode("a[PAD]b")
+    assert ours.encode("a[PAD]b", specials=True) == [
+        *small.encode("a"),
+        600,
+        *small.encode("b", bos=False),
+    ]
+    assert ours.decode([1, 600, 601, *small.encode("a", bos=False)], specials=True) == "<s>[PAD]<|im_end|>a"
+    assert ours.fingerprint != small.fingerprint
+
+
+def test_tokens_beyond_the_model_survive_saving(
+    small_directory: Path, tmp_path: Path, hard: list[str]
+) -> None:
+    ours = load(_beside(small_directory, tmp_path, {"[PAD]": 600, "<|x|>": 601}))
+    ours.save(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert (again.fingerprint, again.specials) == (ours.fingerprint, ours.specials)
+    (tmp_path / "saved" / "tokenizer.model").unlink()
+    modern = load(tmp_path / "saved")
+    assert (modern.kind, modern.specials) == ("tokenizer.json", ours.specials)
+    texts = [*hard, "a[PAD]b <|x|> c", "[PAD]"]
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert len(theirs) == ours.vocab_size
+    for kept in (again, modern):
+        assert kept.encode_batch(texts) == ours.encode_batch(texts)
+        assert kept.encode_batch(texts, specials=True) == ours.encode_batch(texts, specials=True)
+    assert theirs(texts, split_special_tokens=True)["input_ids"] == ours.encode_batch(texts)
+    parsed = theirs(texts, add_special_tokens=False)["input_ids"]
+    assert parsed == ours.encode_batch(texts, bos=False, specials=True)
+
+
+def test_the_same_tokens_in_either_file(small_directory: Path, tmp_path: Path) -> None:
+    for name in ("listed", "decoder"):
+        (tmp_path / name).mkdir()
+    listed = load(_beside(small_directory, tmp_path / "listed", {"<|x|>": 600}))
+    table = {"600": {"content": "<|x|>", "special": True}}
+    decoder = load(_beside(small_directory, tmp_path / "decoder", {}, added_tokens_decoder=table))
+    assert decoder.fingerprint == listed.fingerprint
+    table["600"]["content"] = "<|y|>"
+    other = load(_beside(small_directory, tmp_path / "decoder", {}, added_tokens_decoder=table))
+    assert other.fingerprint != listed.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ({"<|x|>": 601}, "add a token with id 601, and not all from 600"),
+        ({"<|x|>": 600, "<|y|>": 602}, "add a token with id 602, and not all from 600"),
+        ({"<|x|>": 600, "<|y|>": 600}, "'<|y|>' must map a token to an id of its own"),
+        ({"<|x|>": True}, "must map a token to an id"),
+        ({"<|x|>": "600"}, "must map a token to an id"),
+        ({"<|x|>": 600.0}, "must map a token to an id"),
+        ({"<|x|>": -1}, "must map a token to an id"),
+        ({"<|x|>": 2**22}, "must map a token to an id"),
+        ({"": 600}, "must map a token to an id"),
+        ({"x" * 1000: None}, "must map a token to an id"),
+        ({"<s>": 600}, "not a SentencePiece model: "),
+        ([1], "expected a JSON object"),
+    ],
+)
+def test_added_tokens_that_do_not_follow(
+    added: Any, message: str, small_directory: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(TokenizerError) as caught:
+        load(_beside(small_directory, tmp_path, added))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_tokens_of_the_model_may_be_listed_again(
+    small: Tokenizer, small_directory: Path, tmp_path: Path
+) -> None:
+    ours = load(_beside(small_directory, tmp_path, {"<s>": 1, "</s>": 2}))
+    assert ours.fingerprint == small.fingerprint
 
 
 def test_pickled_is_the_same(each: Tokenizer) -> None:

@@ -79,7 +79,9 @@ def read_tokenizer(metadata: Mapping[str, Any], vocab_size: int, origin: Path) -
         codec: Codec = reader(metadata, rows)
         ends = [index for index in end_ids(metadata) if index < len(rows)]
         template = metadata.get(TEMPLATE)
-        return Tokenizer(codec, ends, template if isinstance(template, str) else None)
+        pad = _index(metadata, PAD, rows)
+        extras = {} if pad is None or not rows[pad][0] else {"pad_token": rows[pad][0]}
+        return Tokenizer(codec, ends, template if isinstance(template, str) else None, extras)
     except TokenizerError as error:
         raise TokenizerError(f"{origin}: {error}") from None
 

@@ -20,6 +20,7 @@ from puna.formats.gguf.tokenizer import (
     MORE_ENDS,
     NO_TOKENIZER,
     ORDINARY,
+    PAD,
     PRE,
     SCORES,
     TEMPLATE,
@@ -66,6 +67,8 @@ def tokenizer_metadata(content: Content) -> dict[str, Any]:
     found[ADD_BOS], found[ADD_EOS] = tokenizer.bos_id is not None, False
     if tokenizer.unk_id is not None:
         found[UNK] = tokenizer.unk_id
+    if tokenizer.extras.get("pad_token") in tokenizer.specials:
+        found[PAD] = tokenizer.specials[tokenizer.extras["pad_token"]]
     if tokenizer.chat_template is not None:
         found[TEMPLATE] = tokenizer.chat_template
     kind = _byte_level if _is_byte_level(tokenizer.codec) else _sentencepiece
