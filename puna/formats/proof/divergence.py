@@ -19,7 +19,7 @@ from puna.model.weights import Packed
 
 NO_TARGET = -1
 _ROWS = 256  # whose logits are formed at once: 131 MB in float32 at 128,256 words
-_WIDE_ROWS = 32  # of them in float64 at once
+_WIDE = 1 << 18  # numbers of them in float64 at once: few enough to stay in the caches
 _COLUMNS = ("largest", "mean", "difference", "signal", "kl", "agrees", "loss_a", "loss_b")
 
 
@@ -74,8 +74,9 @@ def diverge(
     for at in range(0, len(targets), _ROWS):
         rows = slice(at, at + _ROWS)
         a, b = (logits(hidden[rows], head, vocabulary) for hidden, head in (first, second))
-        for inner in range(0, len(a), _WIDE_ROWS):
-            some = slice(inner, inner + _WIDE_ROWS)
+        step = max(1, _WIDE // vocabulary)
+        for inner in range(0, len(a), step):
+            some = slice(inner, inner + step)
             parts.append(_measure(a[some], b[some], targets[rows][some]).cpu())
     table = dict(zip(_COLUMNS, torch.cat(parts).unbind(-1), strict=True))
     return _summary(table, vocabulary, targets.cpu(), sequences.cpu())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from puna.formats.packed import expanded, plain
-from puna.formats.proof.rounding import take_rows
+from puna.formats.proof.sketches import take_rows
 from puna.model.attention import KERNELS
 from puna.model.config import ModelConfig
 from puna.model.counts import parameters

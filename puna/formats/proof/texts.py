@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
 TEXT = """\
 Once upon a time a llama lived on a high plain, where the air is thin and the grass is short. Every
 morning she walked down to the lake to drink, and every morning a fox sat on the same stone and watched
@@ -161,7 +165,46 @@ HARD = (
     " the the The THE",
 )
 
-CONVERSATIONS = (
+_ASKED = {"role": "user", "content": "How warm is it in Cusco?"}
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a place, now.",
+        "parameters": {
+            "type": "object",
+            "properties": {"place": {"type": "string", "description": "A town."}},
+            "required": ["place"],
+        },
+    },
+}
+_CALL = {
+    "id": "call00001",
+    "type": "function",
+    "function": {"name": "weather", "arguments": {"place": "Cusco"}},
+}
+_CALLED = (
+    _ASKED,
+    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+    {"role": "tool", "tool_call_id": "call00001", "name": "weather", "content": '{"celsius": 17}'},
+)
+_LONG = tuple(
+    {"role": role, "content": f"{words} {number}"}
+    for number in range(12)
+    for role, words in (("user", "What comes after"), ("assistant", "It is one more than"))
+)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a chat template is given."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    add_generation_prompt: bool = True
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+
+_MESSAGES: tuple[tuple[Mapping[str, Any], ...], ...] = (
     ({"role": "user", "content": "Hello"},),
     (
         {"role": "system", "content": "You answer in one sentence."},
@@ -178,4 +221,29 @@ CONVERSATIONS = (
         {"role": "assistant", "content": "They are markers <|end_header_id|> such as </s>."},
         {"role": "user", "content": "日本語で 🙂\n\nplease"},
     ),
+)
+
+CONVERSATIONS = (
+    *(Conversation(messages) for messages in _MESSAGES),
+    *(Conversation(messages, add_generation_prompt=False) for messages in _MESSAGES),
+    *(Conversation(messages[:-1], add_generation_prompt=False) for messages in (*_MESSAGES[2:], _LONG)),
+    Conversation(_LONG[:5]),
+    Conversation(_LONG[:7]),
+    Conversation(_LONG[:-1]),
+    Conversation(_LONG, add_generation_prompt=False),
+    Conversation((_MESSAGES[1][0], *_LONG[:-1])),
+    Conversation((_ASKED,), variables={"tools": [_TOOL]}),
+    Conversation((_MESSAGES[1][0], _ASKED), variables={"tools": [_TOOL]}),
+    Conversation((_ASKED,), variables={"tools": [_TOOL, _TOOL], "tools_in_user_message": False}),
+    Conversation(_CALLED),
+    Conversation(_CALLED, variables={"tools": [_TOOL]}),
+    Conversation((*_CALLED, {"role": "assistant", "content": "17 °C."}), False, {"tools": [_TOOL]}),
+    Conversation(({"role": "user", "content": "Hi"}, {"role": "tool", "content": "17"})),
+    Conversation(({"role": "user", "content": "Hi"}, {"role": "ipython", "content": "17"})),
+    Conversation(({"role": "user", "content": "Hi"}, {"role": "user", "content": "again"})),
+    Conversation(({"role": "assistant", "content": "I begin."}, {"role": "user", "content": "You do."})),
+    Conversation(({"role": "developer", "content": "Be kind."}, _ASKED)),
+    Conversation((_ASKED,), variables={"documents": [{"title": "Cusco", "text": "It is high."}]}),
+    Conversation((_ASKED,), variables={"date_string": "01 Jan 2025", "enable_thinking": True}),
+    Conversation((_ASKED,), variables={"enable_thinking": False}),
 )

@@ -20,6 +20,7 @@ _PIECE = 256  # tokens of a piece at most
 _PIECES = 8
 _PROMPT = 16  # tokens before a greedy continuation
 _PROMPTS = 4
+_BEYOND = 64  # tokens past a sliding window
 _PAST = 1.125  # the long sequence reaches so far past half of the context, as a share of that half
 
 
@@ -27,13 +28,15 @@ _PAST = 1.125  # the long sequence reaches so far past half of the context, as a
 class ProofTokens:
     """`sequences` are run, the long one last, and `prompts` (P, T) continued.
 
-    `is_text` where a tokenizer made them; `strided` where the positions of the long sequence have gaps.
+    `is_text` where a tokenizer made them; `strided` where the positions of the long sequence have gaps;
+    `unreached` is a sliding window that no sequence of neighbouring positions is longer than.
     """
 
     sequences: Sequence[Tokens]
     prompts: Tensor
     is_text: bool
     strided: bool
+    unreached: int | None = None
 
     @property
     def count(self) -> int:
@@ -62,9 +65,17 @@ class ProofTokens:
 
 
 def proof_tokens(
-    tokenizer: Tokenizer | None, vocabulary: int, context: int, total: int, device: torch.device
+    tokenizer: Tokenizer | None,
+    vocabulary: int,
+    context: int,
+    total: int,
+    device: torch.device,
+    window: int | None = None,
 ) -> ProofTokens:
     """About `total` tokens with ids below `vocabulary`, for models of this context.
+
+    What lies behind a sliding `window` is seen only where a sequence without gaps is longer: one is added
+    where `total` leaves room for it.
 
     Rotary attention knows distances, not positions: moving a whole sequence to the far end of the context
     would show nothing that its beginning does not. So where a sequence of neighbouring positions as long as
@@ -77,13 +88,26 @@ def proof_tokens(
     piece = max(2, min(_PIECE, context, total // 4))
     length = piece if strided else far
     stride = -(-(far - 1) // (length - 1)) if strided else 1
-    pieces = max(1, min(_PIECES, (total - length) // piece))
+    passing = _passing(window, context, total, piece if strided else length)
+    pieces = max(1, min(_PIECES, (total - length - passing) // piece))
     starts = [round(i * (len(ids) - piece) / max(1, pieces - 1)) for i in range(pieces)]
     rows = torch.tensor([[*bos, *ids[at : at + piece]][:piece] for at in starts], device=device)
     long = torch.tensor([[*bos, *ids][:length]], device=device)
     width = min(_PROMPT, max(1, context // 2), piece)
     sequences = [_from_zero(rows), Tokens(long, torch.arange(length, device=device)[None] * stride)]
-    return ProofTokens(sequences, rows[:_PROMPTS, :width], tokenizer is not None, strided)
+    if passing:
+        sequences.insert(1, _from_zero(torch.tensor([[*bos, *ids][:passing]], device=device)))
+    unseen = window is not None and window < context and max(passing, piece if strided else length) <= window
+    unreached = window if unseen else None
+    return ProofTokens(sequences, rows[:_PROMPTS, :width], tokenizer is not None, strided, unreached)
+
+
+def _passing(window: int | None, context: int, total: int, longest: int) -> int:
+    """Tokens of the sequence that passes the window; 0 where another does, or none can."""
+    if window is None or window >= context:
+        return 0
+    wanted = min(context, window + _BEYOND)
+    return wanted if longest < wanted <= total else 0
 
 
 def _from_zero(ids: Tensor) -> Tokens:

@@ -11,7 +11,7 @@ import torch
 
 from puna.formats.proof.agreement import Agreement
 from puna.formats.proof.divergence import Divergence
-from puna.formats.proof.rounding import LIMITS, Furthest, Limit, coarsest
+from puna.formats.proof.rounding import LIMITS, Distances, Furthest, Limit, coarsest
 from puna.model.config import ModelConfig
 from puna.settings import differences
 
@@ -38,12 +38,13 @@ class Comparison:
         sha256_a, sha256_b: hashes of the tensors as they are stored.
         config: fields of the config that differ and change logits, in words.
         told: what else differs or could not be compared, a sentence each.
-        furthest: the tensor that differs most for its type; None where no shapes are equal.
+        distances: how far every row of every tensor is from the other's.
         divergence: the figures of the logits.
         parted: of each greedy continuation the tokens after which the two part, None where they do not; the
             whole is None where none was made.
         greedy_tokens: how many tokens each continuation has.
         tokenizers: None where not both have one.
+        same_ends: whether the same tokens end an answer, as far as both say.
         run: how it was measured, for the record.
     """
 
@@ -53,11 +54,12 @@ class Comparison:
     sha256_b: str
     config: tuple[str, ...]
     told: tuple[str, ...]
-    furthest: Furthest | None
+    distances: Distances
     divergence: Divergence
     parted: tuple[int | None, ...] | None
     greedy_tokens: int
     tokenizers: Agreement | None
+    same_ends: bool
     run: Mapping[str, Any]
 
     @property
@@ -67,13 +69,22 @@ class Comparison:
         Where all numbers compared are equal, as after a conversion from bfloat16 to float32, that is the type
         of computation, however coarse the numbers are.
         """
-        equal = self.sha256_a == self.sha256_b or (self.furthest is not None and self.furthest.error == 0)
-        return "float32" if equal else coarsest((*self.stored_a, *self.stored_b))
+        return "float32" if self.has_equal_numbers else coarsest((*self.stored_a, *self.stored_b))
+
+    @property
+    def furthest(self) -> Furthest | None:
+        """The tensor, or row, that differs most for its type; None where no shapes are equal."""
+        return self.distances.furthest
+
+    @property
+    def has_equal_numbers(self) -> bool:
+        """Whether no number of any tensor differs, in whatever types they are stored."""
+        return self.sha256_a == self.sha256_b or self.distances.alike == self.distances.tensors > 0
 
     @property
     def limit(self) -> Limit:
         """The largest differences that pass: none where every bit is equal."""
-        return Limit(0.0, 0.0, 0.0) if self.has_equal_bits else LIMITS[self.rounding]
+        return Limit(0.0, 0.0) if self.has_equal_bits else LIMITS[self.rounding]
 
     @property
     def has_equal_bits(self) -> bool:
@@ -101,13 +112,7 @@ class Comparison:
         """In one line."""
         if not self.equal:
             return f"different: {'; '.join(self.reasons)}"
-        if self.has_equal_bits:
-            return "the same: weights and logits are equal bit for bit"
-        found = self.divergence
-        return (
-            f"the same as far as {self.rounding} can tell: the logits' relative error is "
-            f"{found.relative_error:.1e}, their KL divergence {found.kl_mean:.1e} nats per token"
-        )
+        return self._sameness() + ("" if self.same_ends else "; they end answers at different tokens")
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -123,7 +128,7 @@ class Comparison:
                 "stored": [dict(self.stored_a), dict(self.stored_b)],
             },
             "logits": self.divergence.as_dict(),
-            "furthest_tensor": None if self.furthest is None else asdict(self.furthest),
+            "tensors": self.distances.as_dict(),
             "limits": asdict(self.limit),
             "greedy": self._greedy(),
             "tokenizer": None if self.tokenizers is None else self.tokenizers.as_dict(),
@@ -133,9 +138,8 @@ class Comparison:
     def lines(self) -> list[str]:
         """For people, the verdict last."""
         kinds = [", ".join(f"{n} {kind}" for kind, n in s.items()) for s in (self.stored_a, self.stored_b)]
-        equal = "equal bit for bit" if self.sha256_a == self.sha256_b else "not the same bits"
         rows = [
-            ("weights", f"{equal}: {kinds[0]}; {kinds[1]}"),
+            ("weights", f"{self._weights_words()}: {kinds[0]}; {kinds[1]}"),
             *self._tensor_rows(),
             *self._logit_rows(),
             *self._text_rows(),
@@ -145,24 +149,49 @@ class Comparison:
         ]
         return [f"{label:13} {text}" for label, text in rows]
 
+    def _sameness(self) -> str:
+        """The verdict on models that are the same."""
+        if self.has_equal_bits:
+            return "the same: weights and logits are equal bit for bit"
+        found = self.divergence
+        error = (
+            f"the logits' relative error is {found.relative_error:.1e}, their KL divergence "
+            f"{found.kl_mean:.1e} nats per token"
+        )
+        if not self.has_equal_numbers:
+            return f"as close as {self.rounding} allows: {error}"
+        end = "all logits are equal" if found.max_difference == 0 else error
+        return f"the same: {self._weights_words()}; {end}"
+
+    def _weights_words(self) -> str:
+        if self.sha256_a == self.sha256_b:
+            return "equal bit for bit"
+        if not self.has_equal_numbers:
+            return f"{self.distances.alike} of {self.distances.tensors} tensors equal, the others rounded"
+        wider, narrower = self.distances.wider, self.distances.narrower
+        parts = [(wider, "wider"), (narrower, "narrower")]
+        told = [f"{n} tensor{'s are' if n > 1 else ' is'} stored in a {word} type" for n, word in parts if n]
+        return "; ".join(["every number is equal", *told])
+
     def _tensor_rows(self) -> list[tuple[str, str]]:
-        if self.furthest is None or self.sha256_a == self.sha256_b:
-            return []
         found = self.furthest
-        limit = LIMITS[found.kind].tensor
-        words = f"{found.name}, by {found.error:.1e} where {found.kind} allows {limit:g}"
+        if found is None or self.has_equal_numbers:
+            return []
+        words = f"{found.where}, by {found.error:.1e} of its size where {found.kind} allows {found.limit:.1e}"
         return [("furthest", words)]
 
     def _logit_rows(self) -> list[tuple[str, str]]:
         found = self.divergence
-        error = f"relative error {found.relative_error:.2e}, {found.worst_relative_error:.2e} in one sequence"
+        worst = f"{found.worst_relative_error:.2e} in the sequence where it is largest"
+        error = f"relative error {found.relative_error:.2e} over all tokens, {worst}"
         apart = f"largest difference {found.max_difference:.2e}, mean {found.mean_difference:.2e}"
         kl = f"mean {found.kl_mean:.2e}, 99.9% below {found.kl_p999:.2e}, largest {found.kl_max:.2e}"
-        share, furthest = 100 * found.top1_agreement, self.run["furthest"]
+        share, places = 100 * found.top1_agreement, f"{found.positions:,} tokens"
+        choice = f"the same next word is likeliest after {share:.2f}% of {places}"
         return [
             ("logits", f"{error}; {apart}"),
             ("KL", f"{kl} nats per token"),
-            ("first choice", f"equal at {share:.2f}% of {found.positions:,} positions, up to {furthest:,}"),
+            ("first choice", f"{choice}; the last is at position {self.run['furthest']:,}"),
         ]
 
     def _text_rows(self) -> list[tuple[str, str]]:
@@ -179,7 +208,11 @@ class Comparison:
         if self.tokenizers is None:
             return "not compared"
         found = self.tokenizers
-        return f"{found.equal} of {found.strings} strings alike; chat template: {found.template}"
+        tokens, strings = (
+            f"{found.tokens_equal:,} of {found.tokens:,}",
+            f"{found.equal:,} of {found.strings:,}",
+        )
+        return f"{tokens} tokens and {strings} strings alike; chat template: {found.template}"
 
     def _greedy(self) -> dict[str, Any] | None:
         if self.parted is None:
@@ -190,8 +223,8 @@ class Comparison:
         limit, found, far, reasons = self.limit, self.divergence, self.furthest, []
         why = "equal weights allow" if self.has_equal_bits else f"{self.rounding} allows"
         if far is not None and far.exceeds:
-            most = f"{far.kind} allows {LIMITS[far.kind].tensor:g}"
-            reasons.append(f"{far.name} differs by {far.error:.1e} of its size, where {most}")
+            most = f"{far.kind} allows {far.limit:.1e}"
+            reasons.append(f"{far.where} differs by {far.error:.1e} of its size, where {most}")
         if found.relative_error > limit.logits:
             error = f"{found.relative_error:.1e}"
             reasons.append(f"the logits' relative error is {error}, where {why} {limit.logits:g}")
@@ -205,9 +238,12 @@ class Comparison:
         found = self.tokenizers
         if found is None or found.holds:
             return ()
-        if found.first is not None:
-            return (f"the tokenizers: {found.first}",)
-        return (f"the chat templates: {found.template}",)
+        words = []
+        if found.tokenizers_differ:
+            words.append(f"the tokenizers: {found.first}")
+        if found.template_differs:
+            words.append(f"the chat templates: {found.rendered or found.template}")
+        return tuple(words)
 
 
 def config_differences(a: ModelConfig, b: ModelConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from puna.devices import DTYPES, choose_device
 from puna.errors import ModelError
+from puna.formats.packed import plain
 from puna.formats.proof.agreement import Agreement, agreement
 from puna.formats.proof.divergence import Divergence, diverge
 from puna.formats.proof.layerwise import States, Tokens, build, logits, states, streamed_states
-from puna.formats.proof.rounding import Samples, furthest
+from puna.formats.proof.rounding import coarsest, distances
+from puna.formats.proof.sketches import EMBEDDINGS, Sketches
 from puna.formats.proof.tokens import ProofTokens, proof_tokens
 from puna.formats.proof.verdict import Comparison, config_differences
 from puna.formats.provenance import PayloadHash
@@ -35,7 +37,9 @@ from puna.tokenizer.tokenizer import Tokenizer
 __all__ = ["Comparison", "VerifySettings", "compare"]
 
 _OPERATIONS = 3e12  # of one model: half a minute to a minute on two cores
+_LOGITS = 1 << 25  # of one model, where their number follows from that
 _TOKENS = (256, 2048)  # at least, and at most, where their number follows from that
+_PROJECTIONS = (8, 16)  # of each row; more where four bits leave much room for chance
 _PADDING = 1024  # vocabularies are padded to multiples of powers of two up to this
 _WAITING = 12  # tensors yet to be hashed: a layer's, so that hashing fills the time of computing
 
@@ -85,8 +89,8 @@ def compare(
     )
     reading = _reading(a, b, settings, *tokenizers)
     with track("Comparing", sum(len(shapes(source.config)) for source in (a, b)), "tensors") as bar:
-        first = reading.read(a, bar)
-        second = reading.read(b, bar, first)
+        first = reading.read(a, _rounded_to(b, a), bar)
+        second = reading.read(b, _rounded_to(a, b), bar, first)
         figures = reading.figures(first, second)
     matter, harmless = config_differences(a.config, b.config)
     both = _agreement(*tokenizers)
@@ -97,11 +101,12 @@ def compare(
         sha256_b=second.hashes.hexdigest(),
         config=matter,
         told=(*harmless, *_told(a, b, tokenizers, both, reading)),
-        furthest=furthest(first.samples, second.samples),
+        distances=distances(first.sketches, second.sketches),
         divergence=figures,
         parted=reading.parted(first, second) if reading.greedy else None,
         greedy_tokens=reading.greedy,
         tokenizers=both,
+        same_ends=_end_alike(a, b, *tokenizers),
         run={
             **reading.summary(),
             "equal_config": not matter and not any(_is_in_arithmetic(line) for line in harmless),
@@ -115,11 +120,28 @@ def _reading(a: Source, b: Source, settings: VerifySettings, *tokenizers: Tokeni
     device = choose_device(settings.device)
     low_memory = not _both_fit(a, b) if settings.low_memory is None else settings.low_memory
     context = min(source.config.max_position_embeddings for source in (a, b))
-    total = settings.tokens or _affordable(max(parameters(source.config).total for source in (a, b)))
+    total = settings.tokens or min(_affordable(source.config) for source in (a, b))
+    windows = [w for source in (a, b) if (w := source.config.sliding_window) is not None]
     tokenizer = next((each for each in tokenizers if each is not None), None)
-    proof = proof_tokens(tokenizer, vocabulary, context, total, device)
+    proof = proof_tokens(tokenizer, vocabulary, context, total, device, min(windows, default=None))
     greedy = 0 if low_memory else min(settings.greedy_tokens, max(0, context - proof.prompts.shape[1]))
-    return _Reading(DTYPES[settings.dtype], device, low_memory, vocabulary, proof, greedy)
+    is_wide = any(_has_wide_matrices(source) for source in (a, b))
+    projections = _PROJECTIONS[any(kind not in DTYPES for source in (a, b) for kind in source.stored)]
+    return _Reading(
+        DTYPES[settings.dtype], device, low_memory, is_wide, projections, vocabulary, proof, greedy
+    )
+
+
+def _rounded_to(other: Source, source: Source) -> frozenset[str]:
+    """The types of a model that the other's low-bit schemes may have been made from."""
+    packed = [kind for kind in other.stored if kind not in DTYPES]
+    return frozenset(kind for kind in source.stored if packed and coarsest((kind, *packed)) in packed)
+
+
+def _has_wide_matrices(source: Source) -> bool:
+    """Whether more is stored in float32 or float64 than vectors, which are compared number by number."""
+    vectors = sum(len(shape) == 1 for shape in shapes(source.config).values())
+    return sum(source.stored.get(kind, 0) for kind in ("float32", "float64")) > vectors
 
 
 @dataclass(frozen=True)
@@ -128,7 +150,7 @@ class _Read:
 
     states: States
     hashes: PayloadHash
-    samples: Samples
+    sketches: Sketches
     continued: Tensor | None
 
     def flat(self, proof: ProofTokens) -> tuple[Tensor, Tensor | Packed]:
@@ -139,30 +161,34 @@ class _Read:
 
 @dataclass(frozen=True)
 class _Reading:
-    """How each of the two models is read and run."""
+    """How each of the two models is read and run; `is_wide`: rows are compared in float64."""
 
     dtype: torch.dtype
     device: torch.device
     low_memory: bool
+    is_wide: bool
+    projections: int
     vocabulary: int
     proof: ProofTokens
     greedy: int
 
-    def read(self, source: Source, bar: Tracker, first: _Read | None = None) -> _Read:
+    def read(
+        self, source: Source, by_block: frozenset[str], bar: Tracker, first: _Read | None = None
+    ) -> _Read:
         """Hash a model's tensors and run its tokens; the second model also runs what the first wrote."""
-        hashes, samples = PayloadHash(), Samples(self.vocabulary)
-        weights = Weights(source.config, _Observed(source.weights, hashes, samples))
+        hashes, sketches = PayloadHash(), Sketches(self.vocabulary, self.is_wide, by_block, self.projections)
+        weights = Weights(source.config, _Observed(source.weights, hashes, sketches))
         tokens = list(self.proof.sequences)
         if self.low_memory:
             found = streamed_states(weights, tokens, self.dtype, self.device, bar)
-            return _Read(found, hashes, samples, None)
+            return _Read(found, hashes, sketches, None)
         model = build(weights, self.dtype, self.device, bar)
         continued = None
         if self.greedy:
             continued = self._continued(model) if first is None else first.continued
             assert continued is not None
             tokens.append(Tokens(continued, torch.arange(continued.shape[1], device=self.device)[None]))
-        return _Read(states(model, tokens), hashes, samples, continued)
+        return _Read(states(model, tokens), hashes, sketches, continued)
 
     def figures(self, first: _Read, second: _Read) -> Divergence:
         """How far the logits of all sequences are apart."""
@@ -234,11 +260,14 @@ class _Held:
 
 @dataclass(frozen=True)
 class _Observed:
-    """A model's tensors, sampled, and hashed in a thread of its own while they are computed with."""
+    """A model's tensors, sketched, and hashed in a thread of its own while they are computed with.
+
+    Those of layers are expanded here, once for both who need it.
+    """
 
     weights: Weights
     hashes: PayloadHash
-    samples: Samples
+    sketches: Sketches
 
     def __iter__(self) -> Iterator[tuple[str, Tensor | Packed]]:
         waiting: deque[Future[None]] = deque()
@@ -247,8 +276,9 @@ class _Observed:
                 waiting.append(pool.submit(self.hashes.add, name, value))
                 if len(waiting) > _WAITING:
                     waiting.popleft().result()
-                self.samples.add(name, value)
-                yield name, value
+                numbers = value if name in EMBEDDINGS else plain(value)
+                self.sketches.add(name, value, numbers)
+                yield name, numbers
             for job in waiting:
                 job.result()
 
@@ -287,13 +317,24 @@ def _free_memory() -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
 
 
-def _affordable(weights: int) -> int:
+def _affordable(config: ModelConfig) -> int:
+    """Tokens to run: products take the time of large models, logits that of large vocabularies."""
     least, most = _TOKENS
-    return int(max(least, min(most, _OPERATIONS / (2 * weights))))
+    products = _OPERATIONS / (2 * parameters(config).total)
+    return int(max(least, min(most, products, _LOGITS / config.vocab_size)))
 
 
 def _agreement(a: Tokenizer | None, b: Tokenizer | None) -> Agreement | None:
     return None if a is None or b is None else agreement(a, b)
+
+
+def _end_alike(a: Source, b: Source, *tokenizers: Tokenizer | None) -> bool:
+    """Whether both end answers at the same tokens; one that does not say is not at odds with the other."""
+    ends = [
+        {*source.end_ids, *(() if tokenizer is None else tokenizer.end_ids)}
+        for source, tokenizer in zip((a, b), tokenizers, strict=True)
+    ]
+    return ends[0] == ends[1] or not all(ends)
 
 
 def _is_in_arithmetic(line: str) -> bool:
@@ -318,5 +359,7 @@ def _told(
         yield "neither has a tokenizer: random ids were run"
     if reading.proof.strided:
         yield f"positions of the longest sequence have gaps, to reach position {reading.proof.furthest:,}"
+    if (window := reading.proof.unreached) is not None:
+        yield f"the sliding window of {window:,} was not reached: run more than {window:,} tokens to pass it"
     if reading.low_memory:
         yield "one layer was held at a time: no greedy continuations were made"
