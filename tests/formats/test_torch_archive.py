@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from puna.errors import ModelError
-from puna.formats.archives.torch_archive import TensorDictionary, read_archive, recognises
+from puna.formats.archives.torch_archive import read_archive, read_tensors, recognises
 from puna.formats.archives.torch_writer import TorchWriter
 from tests.formats.damage import bounded, fuzz
 from tests.formats.torch_damage import (
@@ -111,7 +111,7 @@ def test_a_large_file_is_not_taken_into_memory(tmp_path: Path) -> None:
     assert (tmp_path / "a.pth").stat().st_size > 190 << 20
     del part
     with bounded():
-        assert len(TensorDictionary(tmp_path / "a.pth").tensors) == 12
+        assert len(read_tensors(tmp_path / "a.pth").tensors) == 12
 
 
 # What is written
@@ -180,7 +180,7 @@ def test_an_archive_beyond_four_gibibytes(tmp_path: Path) -> None:
 def refused(path: Path) -> str:
     """The one line with which a file is refused."""
     with bounded(), pytest.raises(ModelError) as caught:
-        TensorDictionary(path)
+        read_tensors(path)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(str(path))
     return str(caught.value)
@@ -238,7 +238,7 @@ def test_many_names_for_one_tensor_make_no_large_model(tmp_path: Path) -> None:
     data = (tmp_path / "a.pth").read_bytes()
     row = described(data)["a"]
     (tmp_path / "a.pth").write_bytes(repacked(data, from_description({"a": row, "b": row})))
-    assert len(TensorDictionary(tmp_path / "a.pth").tensors) == 2
+    assert len(read_tensors(tmp_path / "a.pth").tensors) == 2
     many = {str(number): row for number in range(1000)}
     (tmp_path / "a.pth").write_bytes(repacked(data, from_description(many)))
     assert "its tensors claim 1048576000 bytes of the 1048576 that it holds" in refused(tmp_path / "a.pth")
@@ -311,7 +311,7 @@ def damaged(draw: random.Random, path: Path) -> bytes:
 
 def read_all(path: Path) -> None:
     """Every value of every tensor."""
-    for tensor in TensorDictionary(path).tensors.values():
+    for tensor in read_tensors(path).tensors.values():
         assert tensor.numel() <= 1 << 20
         tensor.double().sum()
 

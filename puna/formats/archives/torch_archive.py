@@ -11,6 +11,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -56,16 +57,11 @@ def recognises(path: Path) -> bool:
         return False
 
 
+@dataclass(frozen=True)
 class TensorDictionary:
-    """The tensors of an archive that holds nothing else, by name."""
+    """The tensors of an archive by name, as `puna.formats.tensor_files` asks for them."""
 
-    def __init__(self, path: Path) -> None:
-        value = read_archive(path)
-        if not isinstance(value, dict) or not all(isinstance(item, Tensor) for item in value.values()):
-            raise ModelError(
-                f"{path}: expected a dictionary of tensors and nothing else; save model.state_dict() alone"
-            )
-        self.tensors: dict[str, Tensor] = {str(name): tensor for name, tensor in value.items()}
+    tensors: dict[str, Tensor]
 
     def entries(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """Name, type and shape of every tensor."""
@@ -77,10 +73,24 @@ class TensorDictionary:
         return self.tensors[name]
 
 
+def read_tensors(path: Path) -> TensorDictionary:
+    """The content of an archive that holds tensors and nothing else.
+
+    Raises:
+        ModelError: as `read_archive`, or it holds something else.
+    """
+    value = read_archive(path)
+    if not isinstance(value, dict) or not all(isinstance(item, Tensor) for item in value.values()):
+        raise ModelError(
+            f"{path}: expected a dictionary of tensors and nothing else; save model.state_dict() alone"
+        )
+    return TensorDictionary({str(name): tensor for name, tensor in value.items()})
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[TensorDictionary]:
     """A file of tensors and nothing else."""
-    yield TensorDictionary(path)
+    yield read_tensors(path)
 
 
 PYTORCH_BIN = Kind("pytorch_model.bin", "pytorch_model.bin.index.json", opened)

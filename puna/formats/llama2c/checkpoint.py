@@ -11,7 +11,7 @@ from torch import Tensor
 
 from puna.errors import ModelError, SettingsError
 from puna.formats import rotary
-from puna.formats.archives.torch_archive import read_archive
+from puna.formats.archives.torch_archive import TensorDictionary, read_archive
 from puna.formats.archives.torch_writer import TorchWriter
 from puna.formats.casting import stored
 from puna.formats.content import Record
@@ -41,8 +41,7 @@ class CheckpointTensors:
     """
 
     def __init__(self, path: Path) -> None:
-        with _opened(path) as file:
-            config = _config(file, str(path))
+        config = _config(_Checkpoint(path), str(path))
         self._files = TensorFiles([path], config, path, _opened, by="model_args")
 
     @property
@@ -108,19 +107,10 @@ class _Checkpoint:
             raise ModelError(f"{path}: {shown(name)} is twice in 'model', as itself and compiled")
         self.tensors[name] = tensor
 
-    def entries(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-        """Name, type and shape of every tensor."""
-        for name, tensor in self.tensors.items():
-            yield name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
-
-    def tensor(self, name: str) -> Tensor:
-        """A view of the mapped file."""
-        return self.tensors[name]
-
 
 @contextmanager
-def _opened(path: Path) -> Iterator[_Checkpoint]:
-    yield _Checkpoint(path)
+def _opened(path: Path) -> Iterator[TensorDictionary]:
+    yield TensorDictionary(_Checkpoint(path).tensors)
 
 
 def _config(file: _Checkpoint, origin: str) -> ModelConfig:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from puna.errors import ModelError, nearest
-from puna.formats.archives.torch_archive import TensorDictionary
+from puna.formats.archives.torch_archive import read_tensors
 from puna.formats.meta.names import DERIVED, from_meta, to_meta
 from puna.formats.meta.params import Told
 from puna.formats.rotary import half_split
@@ -162,7 +162,7 @@ class WholeTensors:
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
-    found = {name: t for name, t in TensorDictionary(file).tensors.items() if name not in DERIVED}
+    found = {name: t for name, t in read_tensors(file).tensors.items() if name not in DERIVED}
     unknown = [name for name in found if from_meta(name) is None]
     if unknown:
         hint = nearest(unknown[0][:200], (*_USUAL, EMBEDDING, HEAD))
