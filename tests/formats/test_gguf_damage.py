@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from puna import formats
 from puna.errors import ModelError
+from puna.formats import provenance
 from tests.formats import gguf_files
 from tests.formats.damage import bounded, cut_or_flipped, fuzz, read_whole
 from tests.model.shapes import CONFIGS, model_of
@@ -65,9 +67,10 @@ def test_other_versions(file: Path, version: int, message: str) -> None:
 
 
 def test_version_2_is_read(file: Path) -> None:
-    data = file.read_bytes()
+    data, before = file.read_bytes(), provenance.payload_hash(formats.open_model(file).weights)
     file.write_bytes(data[:4] + struct.pack("<I", 2) + data[8:])
     read_whole(file)
+    assert provenance.payload_hash(formats.open_model(file).weights) == before
 
 
 def entry(key: bytes, kind: int, value: bytes) -> bytes:

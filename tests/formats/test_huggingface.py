@@ -20,9 +20,9 @@ from puna.formats.huggingface.directory import CONFIG, GENERATION, HuggingFaceSe
 from puna.formats.huggingface.safetensors_reader import INDEX, SINGLE
 from puna.formats.packed import pack, unpack
 from puna.model.llama import Llama
-from puna.model.weights import Weights, load_weights, weights_of
+from puna.model.weights import Weights, weights_of
 from puna.tokenizer.train import TokenizerSettings, train
-from tests.formats.conftest import edit
+from tests.formats.conftest import edit, reopened, same
 from tests.model.shapes import CONFIGS, ids_of, model_of
 
 LENGTH = 40  # two and a half times the configs' context
@@ -30,22 +30,6 @@ LENGTH = 40  # two and a half times the configs' context
 
 def gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
-
-
-def reopened(path: Path) -> Llama:
-    """A model in memory from a directory."""
-    source = formats.open_model(path)
-    model = Llama(source.config)
-    load_weights(model, source.weights)
-    return model
-
-
-def same(first: Llama, second: Llama) -> bool:
-    """Whether config and every bit are equal."""
-    pairs = zip(first.named_parameters(), second.named_parameters(), strict=True)
-    return first.config == second.config and all(
-        one == other and torch.equal(a, b) for (one, a), (other, b) in pairs
-    )
 
 
 @torch.no_grad()

@@ -15,8 +15,8 @@ from puna import formats
 from puna.errors import ModelError
 from puna.formats.huggingface.safetensors_reader import SINGLE as SAFETENSORS
 from puna.model.llama import Llama
-from puna.model.weights import load_weights, weights_of
-from tests.formats.conftest import edit
+from puna.model.weights import weights_of
+from tests.formats.conftest import edit, reopened, same
 from tests.formats.damage import bent, bounded, cut_or_flipped, fuzz
 from tests.formats.torch_damage import bent_archive
 from tests.model.shapes import CONFIGS, ids_of, model_of
@@ -42,21 +42,6 @@ def as_bin(path: Path, model: Llama, shards: int = 1, **extra: Tensor) -> Path:
         torch.save({name: tensors[name] for name in names if homes[name] == home}, path / home)
     (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": homes}))
     return path
-
-
-def reopened(path: Path) -> Llama:
-    source = formats.open_model(path)
-    model = Llama(source.config)
-    load_weights(model, source.weights)
-    return model
-
-
-def same(first: Llama, second: Llama) -> bool:
-    """Whether config and every bit are equal."""
-    pairs = zip(first.named_parameters(), second.named_parameters(), strict=True)
-    return first.config == second.config and all(
-        one == other and torch.equal(a, b) for (one, a), (other, b) in pairs
-    )
 
 
 @torch.no_grad()
