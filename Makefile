@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing Puna and what it needs (a few minutes, once)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,serve,dev]'
 	@touch $(STAMP)
 
 clean:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from puna import tokenizer
-    from puna.engine.llm import LLM, Completion, load
+    from puna.engine.completion import Completion
+    from puna.engine.llm import LLM, load
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Completion", "__version__", "load", "tokenizer"]
 
-_HOMES = {"load": "puna.engine.llm", "LLM": "puna.engine.llm", "Completion": "puna.engine.llm"}
+_HOMES = {"load": "puna.engine.llm", "LLM": "puna.engine.llm", "Completion": "puna.engine.completion"}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 
 from puna.errors import SettingsError, nearest
@@ -69,3 +72,17 @@ def _cpu_has_bfloat16_products() -> bool:
     if capabilities in ("NEON", "SVE256", "DEFAULT"):
         return False
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device, as far as the system tells.
+
+    The CPU's are those that programs can take without swapping; half of all memory where only that is known.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -31,7 +31,7 @@ class Tracker(Protocol):
 
 
 Track = Callable[[str, float, str], AbstractContextManager[Tracker]]
-"""`track(label, total, unit)` → a context manager that gives a Tracker."""
+"""`track(label, total, unit)` → a context manager that gives a Tracker; a total of 0 is an unknown one."""
 
 
 class _Silent:
@@ -85,16 +85,18 @@ class _Meter:
     def describe(self, note: str) -> str:
         elapsed = time.monotonic() - self.began
         rate = (self.done - self.earlier) / elapsed if elapsed > 0 else 0.0
-        left = (self.total - self.done) / rate if rate > 0 else 0.0
-        share = 100 * self.done / self.total if self.total else 100.0
-        text = f"{share:3.0f}%  {quantity(rate)} {self.unit}/s  {duration(max(left, 0.0))} left"
+        text = f"{quantity(rate)} {self.unit}/s"
+        if self.total:
+            left = (self.total - self.done) / rate if rate > 0 else 0.0
+            share = 100 * self.done / self.total
+            text = f"{share:3.0f}%  {text}  {duration(max(left, 0.0))} left"
         return f"{text}  {note}" if note else text
 
 
 class _Bar:
     def __init__(self, bars: Progress, label: str, total: float, unit: str) -> None:
         self._bars, self._meter = bars, _Meter(total, unit)
-        self._task = bars.add_task(label, total=total, text="")
+        self._task = bars.add_task(label, total=total or None, text="")
 
     def start_at(self, amount: float) -> None:
         self._meter.start_at(amount)

@@ -182,10 +182,10 @@ def read_json_lines(stream: IO[bytes], origin: Origin, report: ReadReport) -> It
         DataError: the first record lacks the field.
     """
     found = False
-    for number, line in _lines(stream):
+    for number, line in numbered_lines(stream):
         source = f"{origin.name}:{number}"
         try:
-            record = _parse(line)
+            record = parse_record(line)
         except Unreadable as error:
             report.skip_entry(source, str(error))
             continue
@@ -283,7 +283,7 @@ def _leading_lines(data: bytes | bytearray) -> int:
     return data[: len(data) - len(data.lstrip(b"\r\n"))].count(b"\n")
 
 
-def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+def numbered_lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     """Lines that are not blank, with their numbers; what exceeds the bound is cut off."""
     number = 0
     while line := stream.readline(LONGEST_LINE):
@@ -296,7 +296,12 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
             line = stream.readline(LONGEST_LINE)
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def parse_record(line: bytes) -> dict[str, Any]:
+    """The JSON object in a line.
+
+    Raises:
+        Unreadable: there is none.
+    """
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:

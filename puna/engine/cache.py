@@ -1,118 +1,120 @@
-"""Keys and values of a batch, each row at its own positions.
+"""Keys and values in blocks of 64 positions, taken by any sequence, shared, and attended to where they lie.
 
-B batch   T positions in the input   S positions attended to   C positions there is room for
-N query heads   K key/value heads   H head width
+B batch   T positions in the input   M rows of a step   N query heads   K key/value heads   H head width
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+import mmap
+from collections.abc import Sequence as Items
 
 import torch
 from torch import Tensor
 
-from puna.model.attention import fused
+from puna.errors import ResourceError
+from puna.kernels.native import attention_on
+from puna.kernels.pages import BLOCK, Pages, Step, rounded_width
+from puna.model.config import ModelConfig
 
-SMALLEST = 64  # positions
 
+class PagedCache:
+    """Memory for a fixed number of blocks per layer; a step's rows say by their tables which are theirs.
 
-class ContiguousCache:
-    """One block of memory per layer, (B, C, K, H) for keys and for values, that doubles as rows grow.
-
-    Rows have different lengths: every token is stored at its own position, and a query sees the keys of its
-    row up to its own position, or those of them that its window spans. So a row may be padded on the right;
-    what padding stored is never seen, and is overwritten when the row gets there. Positions of a row must
-    have been stored without gaps. All are kept, also those that every window has left behind.
+    Who holds which block is not known here: see `puna.engine.blocks`. On a CPU only what has been written to
+    takes memory.
     """
 
     def __init__(
-        self, layers: int, longest: int, rope_lengths: Tensor | None = None, window: int | None = None
+        self,
+        config: ModelConfig,
+        blocks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantized: bool = False,
     ) -> None:
-        """Room is made when it is needed, for `longest` positions at most.
+        """Room for `blocks` · 64 positions; `quantized` holds int8, with a scale per position and head.
 
-        `rope_lengths` (B,) are the lengths by which dynamic NTK turns each row: `puna.model.attention.Cache`.
-        `window` is the model's `sliding_window`.
+        Raises:
+            ResourceError: there is too little memory.
         """
-        self.rope_lengths = rope_lengths
-        self._window = window
-        self._longest = longest
-        self._keys: list[Tensor | None] = [None] * layers
-        self._values: list[Tensor | None] = [None] * layers
-        self._step: _Step | None = None
+        self.rope_lengths: Tensor | None = None
+        self.bytes = blocks * BLOCK * bytes_per_position(config, dtype, quantized)
+        self._window, self._device = config.sliding_window, device
+        self._step: Step | None = None
+        try:
+            self._pages = [
+                _pages(config, blocks, torch.int8 if quantized else dtype, device)
+                for _ in range(config.num_hidden_layers)
+            ]
+        except (OSError, ValueError, OverflowError, RuntimeError):
+            raise ResourceError(
+                f"keys and values of {blocks * BLOCK} positions need {self.bytes / 2**30:.1f} GiB, which "
+                "could not be had; lower cache_memory, or set cache_dtype to int8"
+            ) from None
+        kernel = attention_on(device)
+        self.fault, self.compiling = kernel.fault, kernel.seconds
+        self._attend = [kernel.bind(pages, dtype) for pages in self._pages]
+
+    def begin(
+        self,
+        tables: list[list[int | None]],
+        starts: list[int],
+        counts: list[int],
+        rows: int,
+        lengths: list[int] | None = None,
+    ) -> None:
+        """Say whose the rows of the next pass through the model are.
+
+        Sequence i's are the next counts[i] of M = `rows`, at positions starts[i] and on; rows beyond are
+        padding. tables[i][j] is the block of its positions from 64 · j; None where its window has passed.
+        `lengths` are those by which dynamic NTK turns each sequence: `puna.model.attention.Cache`.
+        """
+        self._step = Step(
+            [
+                [-1 if block is None else block for block in table[: -(-(start + count) // BLOCK)]]
+                for table, start, count in zip(tables, starts, counts, strict=True)
+            ],
+            starts,
+            counts,
+            rows,
+            self._window,
+        )
+        self.rope_lengths = None if lengths is None else self._per_row(lengths, counts, rows)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-        """Store k and v (B, T, K, H) at positions (B, T), then let q (B, T, N, H) see those up to its own.
+        """Store k and v (1, M, K, H), then let q (1, M, N, H) see the keys up to its own, within the window.
 
-        A pass through the model begins with layer 0; what positions mean is worked out there, once.
+        The positions are those that `begin` was told. Rows that are padding store nothing and give zeros.
         """
-        if layer == 0:
-            self._step = _Step.of(positions, self._window)
-        step = self._step
-        assert step is not None
-        keys = self._store(self._keys, layer, k, step, positions)
-        values = self._store(self._values, layer, v, step, positions)
-        if step.from_start:  # all there is to see is in the input
-            return fused(q, k, v, mask=None, causal=True, dropout=0.0, window=self._window)
-        seen = slice(step.begin, step.end)
-        return fused(q, keys[:, seen], values[:, seen], mask=step.mask, causal=False, dropout=0.0)
+        assert self._step is not None
+        return self._attend[layer](self._step, q, k, v)
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only, in this order."""
-        chosen = list(rows)
-        self._keys = [None if held is None else held[chosen] for held in self._keys]
-        self._values = [None if held is None else held[chosen] for held in self._values]
-        if self.rope_lengths is not None:
-            self.rope_lengths = self.rope_lengths[chosen]
-
-    def _store(
-        self, held: list[Tensor | None], layer: int, new: Tensor, step: _Step, positions: Tensor
-    ) -> Tensor:
-        room = self._with_room(held[layer], new, step.end)
-        held[layer] = room
-        room[step.rows, positions] = new
-        return room
-
-    def _with_room(self, held: Tensor | None, like: Tensor, end: int) -> Tensor:
-        """Memory for at least `end` positions that holds what was held."""
-        size = 0 if held is None else held.shape[1]
-        if held is not None and end <= size:
-            return held
-        capacity = max(end, min(max(2 * size, SMALLEST), self._longest))
-        grown = like.new_zeros(like.shape[0], capacity, *like.shape[2:])  # (B, C, K, H)
-        if held is not None:
-            grown[:, :size] = held
-        return grown
+    def _per_row(self, lengths: Items[int], counts: Items[int], rows: int) -> Tensor:
+        flat = [length for length, count in zip(lengths, counts, strict=True) for _ in range(count)]
+        return torch.tensor([flat + [1] * (rows - len(flat))], device=self._device)  # (1, M)
 
 
-@dataclass(frozen=True)
-class _Step:
-    """What the positions (B, T) of one pass mean for every layer."""
+def bytes_per_position(config: ModelConfig, dtype: torch.dtype, quantized: bool = False) -> int:
+    """What one position takes in all layers, keys and values and their scales."""
+    width = config.head_dim + rounded_width(config.head_dim)
+    per_head = width + 2 * torch.float32.itemsize if quantized else width * dtype.itemsize
+    return config.num_hidden_layers * config.num_key_value_heads * per_head
 
-    begin: int
-    """The smallest position that a query sees."""
-    end: int
-    """One more than the largest position."""
-    from_start: bool
-    """Whether every row's input is all that it has."""
-    rows: Tensor
-    """(B, 1)"""
-    mask: Tensor | None
-    """(B, 1, T, S); None where every query sees all S keys."""
 
-    @classmethod
-    def of(cls, positions: Tensor, window: int | None) -> _Step:
-        B, T = positions.shape
-        device = positions.device
-        rows = torch.arange(B, device=device)[:, None]  # (B, 1)
-        first, last = (int(edge) for edge in positions.aminmax())
-        if first == 0 and bool((positions == torch.arange(T, device=device)).all()):
-            return cls(0, T, True, rows, None)
-        begin = 0 if window is None else max(0, first - window + 1)
-        if first == last:  # one token for every row, all rows equally long
-            return cls(begin, last + 1, False, rows, None)
-        keys, own = torch.arange(begin, last + 1, device=device), positions[:, :, None]
-        seen = keys <= own  # (B, T, S)
-        if window is not None and window <= last:
-            seen &= keys > own - window
-        return cls(begin, last + 1, False, rows, seen[:, None])  # (B, 1, T, S)
+def _pages(config: ModelConfig, blocks: int, dtype: torch.dtype, device: torch.device) -> Pages:
+    K, H = config.num_key_value_heads, config.head_dim
+    keys = _zeros((blocks, K, H, BLOCK), dtype, device)
+    values = _zeros((blocks, K, BLOCK, rounded_width(H)), dtype, device)
+    if dtype != torch.int8:
+        return Pages(keys, values)
+    key_scales, value_scales = (_zeros((blocks, K, BLOCK), torch.float32, device) for _ in range(2))
+    return Pages(keys, values, key_scales, value_scales)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU pages of the system's, which take memory when they are first written to."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -1,111 +1,372 @@
-"""The step: prefill all prompts, then one token for every row until all are done.
+"""The step: what the scheduler chose goes through the model as one flat pass; each sequence gets a token.
 
-B batch   T positions in the input   D width   V vocabulary
+M rows of a pass (tokens of many sequences)   R rows that are sampled   D width   V vocabulary
 """
 
 from __future__ import annotations
 
+import math
+import threading
+import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
-from puna.engine.cache import ContiguousCache
-from puna.engine.sampling import Sampler, logprobs
+from puna.devices import free_memory
+from puna.engine.answer import Answer, Request, Track
+from puna.engine.blocks import BlockPool
+from puna.engine.cache import PagedCache, bytes_per_position
+from puna.engine.constraints import Grammars
+from puna.engine.rows import RowClasses
+from puna.engine.sampling import choose, logprobs
+from puna.engine.scheduler import Part, Scheduler
 from puna.engine.sequence import Sequence
-from puna.errors import ResourceError
+from puna.engine.settings import EngineSettings
+from puna.engine.state import Choice, SamplingState
+from puna.engine.text import answer_text
+from puna.errors import InputError, ModelError, ResourceError
+from puna.kernels.pages import BLOCK
+from puna.model.config import ModelConfig
 from puna.model.llama import Llama
+from puna.progress import quantity
+from puna.tokenizer.tokenizer import Tokenizer
+
+ROWS = 512  # that steps of fewer rows are held against, so that step_tokens changes no bit
+PROMPT_ROWS = 64  # prompt tokens whose log-probabilities are formed at once: logits are V numbers each
+CACHE_SHARE = {"cpu": 0.25, "cuda": 0.5}  # of the free memory; other devices use the CPU's
 
 
-def run(model: Llama, sequences: Items[Sequence]) -> Iterator[tuple[Sequence, str]]:
-    """Complete all sequences as one batch; gives each piece of text as soon as it is certain.
+@dataclass
+class Times:
+    """What an engine has done, and the seconds it took."""
 
-    Between two pieces the model is as it was found: training mode, gradients and random states.
+    steps: int = 0
+    rows: int = 0
+    tokens: int = 0
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("schedule", "model", "sample", "text"), 0.0)
+    )
 
-    Raises:
-        ResourceError: there is too little memory for keys and values.
-        ModelError: the model's logits are not finite.
+
+@dataclass(frozen=True)
+class Load:
+    """What an engine holds right now; blocks are of BLOCK positions each."""
+
+    running: int
+    waiting: int
+    blocks_used: int
+    blocks: int
+    preemptions: int
+
+
+class Engine:
+    """One model that answers any number of requests at once.
+
+    Call `submit` at any time and `step` until it returns False; pieces of text appear in the answers' tracks.
+    Between two steps the model is as it was found: training mode, gradients and random states. Its methods
+    may be called from several threads.
     """
-    batch = _Batch(model, sequences)
-    while batch.rows:
-        yield from batch.step()
 
+    def __init__(
+        self, model: Llama, tokenizer: Tokenizer | None, context: int, settings: EngineSettings
+    ) -> None:
+        """Memory is reserved here, and the numbers of rows that treat a row alike are found.
 
-class _Batch:
-    """The rows still at work, and what the next pass is given."""
-
-    def __init__(self, model: Llama, sequences: Items[Sequence]) -> None:
-        self._model = model
-        self._device = model.model.embed_tokens.weight.device
-        self.rows = list(sequences)
-        by_length = model.model.rope.scaling.by_length
-        # The length that a sequence may reach, so that one base serves all of it, as in one whole pass.
-        lengths = torch.tensor([row.longest for row in self.rows], device=self._device) if by_length else None
-        self._cache = ContiguousCache(
-            len(model.model.layers),
-            max((row.longest for row in self.rows), default=0),
-            lengths,
+        Raises:
+            ResourceError: there is not even memory for one block of keys and values.
+        """
+        self.settings, self.times = settings, Times()
+        self._model, self._tokenizer, self._context = model, tokenizer, context
+        weight = model.model.embed_tokens.weight
+        self._device, self._modules = weight.device, list(model.modules())
+        quantized = settings.cache_dtype == "int8"
+        blocks = _block_count(model.config, context, weight.dtype, weight.device, settings)
+        with _generating(self._modules):
+            self._rows = RowClasses(model, max(settings.step_tokens, ROWS), settings.deterministic)
+        self._cache = PagedCache(model.config, blocks, weight.dtype, weight.device, quantized)
+        self._pool = BlockPool(blocks, BLOCK, sharing=settings.prefix_sharing)
+        self._scheduler = Scheduler(
+            self._pool,
+            min(settings.step_tokens, self._rows.largest),
+            settings.max_running,
             model.config.sliding_window,
         )
-        self._sampler = Sampler(
-            [row.params for row in self.rows],
-            [row.prompt for row in self.rows],
-            model.config.vocab_size,
-            self._device,
+        self._grammars: dict[tuple[int, ...], Grammars] = {}  # by end tokens
+        self._tracks: dict[Sequence, Track] = {}
+        self._siblings: dict[Sequence, list[Track]] = {}
+        self._lock, self._compiling = threading.RLock(), threading.Lock()
+        self._stepping = False
+        self._given_up: list[Answer] = []
+        self.broken = False
+        """Whether it was interrupted (Ctrl-C) while it kept its books: it must not be used any more."""
+
+    @property
+    def load(self) -> Load:
+        """What is running and waiting, and how full the cache is."""
+        scheduler, pool = self._scheduler, self._pool
+        return Load(scheduler.running, scheduler.waiting, pool.used, pool.count, scheduler.preemptions)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about how it computes here."""
+        return (self._cache.fault,) if self._cache.fault else ()
+
+    def submit(self, request: Request) -> Answer:
+        """Take a request on; it is computed by `step`.
+
+        Raises:
+            InputError: its constraint cannot be satisfied, or needs what is not there.
+            ResourceError: a sequence as long as it may get does not fit into the cache.
+        """
+        answer = Answer(request)
+        params = request.params
+        with self._compiling:  # not the other lock: a large schema must not hold up the answers of others
+            answer.tracks = [self._track(answer, index) for index in range(params.best_of or params.n)]
+        first, *others = answer.tracks
+        with self._lock:
+            self._scheduler.add(first.sequence)
+            # They begin when the prompt is computed, and find its blocks.
+            self._siblings[first.sequence] = others
+            self._tracks[first.sequence] = first
+        return answer
+
+    def step(self) -> bool:
+        """Compute the next rows of what runs; False where there is nothing to do.
+
+        What goes wrong in it ends the answers concerned, with the error as theirs, and no other.
+        """
+        with self._lock:
+            if self.broken:
+                raise RuntimeError("this engine was interrupted while it kept its books; make a new one")
+            self._stepping = self.broken = True
+            try:
+                return self._step()
+            finally:
+                self._stepping = False
+                while self._given_up and not self.broken:
+                    self._cancel(self._given_up.pop())
+
+    def cancel(self, answer: Answer) -> None:
+        """Give up what is not finished of an answer, at once; it ends with "cancelled"."""
+        with self._lock:
+            if self._stepping:  # a stream that was collected in the middle of a step, by this very thread
+                self._given_up.append(answer)
+            elif not self.broken:
+                self._cancel(answer)
+
+    def forget(self) -> None:
+        """Share nothing with what was computed before: the weights have changed."""
+        with self._lock:
+            self._pool.forget()
+
+    def _step(self) -> bool:
+        began = time.perf_counter()
+        parts = self._scheduler.plan()
+        planned = time.perf_counter()
+        self.broken = False  # an interruption of the model's pass changes nothing: it is computed again
+        choices, computed = self._compute(parts) if parts else ([], planned)
+        chosen = time.perf_counter()
+        self.broken = True
+        if choices is not None:
+            self._scheduler.done(parts)
+            self._release_siblings(parts)
+            self._advance(parts, choices)
+        self.broken = False
+        ended = time.perf_counter()
+        if parts:
+            self._note(parts, planned - began, computed - planned, chosen - computed, ended - chosen)
+        return bool(parts)
+
+    def _cancel(self, answer: Answer) -> None:
+        self._siblings.pop(answer.tracks[0].sequence, None)
+        for track in answer.tracks:
+            if track.sequence.finish_reason is None:
+                track.pieces.append(track.sequence.cancel())
+                self._drop(track)
+
+    def _track(self, answer: Answer, index: int) -> Track:
+        request = answer.request
+        params, prompt = request.params, request.prompt
+        if index > 0:  # the first one's are everyone's
+            params = params.model_copy(update={"prompt_logprobs": None})
+        text = None
+        if self._tokenizer is not None:
+            text = answer_text(self._tokenizer, prompt, params.stop, request.continues)
+        sequence = Sequence(prompt, params, request.end_ids, self._context, text, anchor=request.anchor)
+        sequence.salt = self._salt(sequence)
+        constraint = None
+        if params.constrained:
+            grammars = self._grammars_for(request.end_ids)
+            constraint = grammars.constraint(params, sequence.prompt, request.continues)
+        state = SamplingState(params, sequence.prompt, request.end_ids, index, constraint)
+        return Track(sequence, state, answer)
+
+    def _grammars_for(self, end_ids: tuple[int, ...]) -> Grammars:
+        if self._tokenizer is None:
+            raise InputError("constraints need a tokenizer, and this model has none")
+        if end_ids not in self._grammars:
+            self._grammars[end_ids] = Grammars(self._tokenizer, self._model.config.vocab_size, end_ids)
+        return self._grammars[end_ids]
+
+    def _salt(self, sequence: Sequence) -> int | None:
+        """Keys turned by different bases are different keys: dynamic NTK's follows from the length."""
+        by_length = self._model.model.rope.scaling.by_length
+        beyond = sequence.longest > self._model.config.max_position_embeddings
+        return sequence.longest if by_length and beyond else None
+
+    def _compute(self, parts: list[Part]) -> tuple[list[Choice | ModelError] | None, float]:
+        """What each sampled part's sequence goes on with, and when the logits were there.
+
+        None where it failed, whatever the reason: the parts' answers end with it, and the engine goes on.
+        """
+        try:
+            return self._chosen(parts)
+        except Exception as error:
+            for answer in [self._tracks[part.sequence].answer for part in parts]:
+                self._fail(answer, error)
+            return None, time.perf_counter()
+
+    def _chosen(self, parts: list[Part]) -> tuple[list[Choice | ModelError], float]:
+        with _generating(self._modules):
+            hidden = self._hidden(parts)  # (M, D)
+            ends = _ends(parts)
+            self._note_prompts(parts, ends, hidden)
+            last = [end - 1 for part, end in zip(parts, ends, strict=True) if part.samples]
+            if not last:
+                return [], time.perf_counter()
+            logits = self._rows.head(hidden[torch.tensor(last, device=self._device)])  # (R, V)
+            states = [self._tracks[part.sequence].state for part in parts if part.samples]
+            computed = time.perf_counter()
+            return choose(logits, states), computed
+
+    def _hidden(self, parts: list[Part]) -> Tensor:
+        rows = sum(part.count for part in parts)
+        M = self._rows.padded(rows)
+        ids: list[int] = []
+        positions: list[int] = []
+        for part in parts:
+            end = part.start + part.count
+            ids += part.sequence.ids[part.start : end]
+            positions += range(part.start, end)
+        padding = [0] * (M - rows)
+        flat = torch.tensor([ids + padding, positions + padding], device=self._device)  # (2, M)
+        by_length = self._model.model.rope.scaling.by_length
+        self._cache.begin(
+            [part.sequence.blocks for part in parts],
+            [part.start for part in parts],
+            [part.count for part in parts],
+            M,
+            [part.sequence.longest for part in parts] if by_length else None,
         )
+        return self._model.model(flat[:1], flat[1:], cache=self._cache)[0]  # (M, D)
 
-    def step(self) -> list[tuple[Sequence, str]]:
-        """Sample one token for every row; rows that are done leave the batch."""
-        with _generating(self._model):
-            logits = self._logits()  # (B, V)
-            tokens = self._sampler.sample(logits)
-            self._note_logprobs(logits, tokens)
-            pieces = [(row, row.push(token)) for row, token in zip(self.rows, tokens, strict=True)]
-            self._drop_finished()
-        return pieces
+    def _note_prompts(self, parts: list[Part], ends: list[int], hidden: Tensor) -> None:
+        """Log-probabilities of prompt tokens, of sequences that ask for them: each by the row before it."""
+        for part, end in zip(parts, ends, strict=True):
+            sequence = part.sequence
+            wanted = sequence.params.prompt_logprobs
+            if wanted is None:
+                continue
+            known = len(sequence.prompt_logprobs)  # of tokens 0 … known - 1; row known - 1 gives the next
+            stop = min(part.start + part.count, len(sequence.prompt) - 1)
+            for first in range(max(part.start, known - 1), stop, PROMPT_ROWS):
+                count = min(PROMPT_ROWS, stop - first)
+                row = end - part.count + first - part.start
+                logits = self._rows.head(hidden[row : row + count])  # (count, V)
+                targets = sequence.prompt[first + 1 : first + 1 + count]
+                sequence.prompt_logprobs += logprobs(logits, targets, [wanted] * count)
 
-    def _logits(self) -> Tensor:
-        """Logits for the token after each row's last: (B, V)."""
-        fresh = not self.rows[0].tokens
-        inputs = [row.prompt if fresh else row.tokens[-1:] for row in self.rows]
-        T = max(map(len, inputs))
-        ids = torch.tensor([[*row, *[0] * (T - len(row))] for row in inputs], device=self._device)  # (B, T)
-        start = [0 if fresh else len(row.prompt) + len(row.tokens) - 1 for row in self.rows]
-        positions = torch.tensor(start, device=self._device)[:, None] + torch.arange(T, device=self._device)
-        hidden = self._model.model(ids, positions, cache=self._cache)  # (B, T, D)
-        last = torch.tensor([len(row) - 1 for row in inputs], device=self._device)
-        chosen = hidden[torch.arange(len(inputs), device=self._device), last]  # (B, D)
-        return self._model.lm_head(chosen)  # (B, V)
+    def _advance(self, parts: list[Part], choices: list[Choice | ModelError]) -> None:
+        sampled = [self._tracks[part.sequence] for part in parts if part.samples]
+        for track, choice in zip(sampled, choices, strict=True):
+            if track.answer.error is not None:
+                continue
+            if isinstance(choice, ModelError):
+                self._fail(track.answer, choice)
+                continue
+            try:
+                self._push(track, choice)
+            except Exception as error:
+                self._fail(track.answer, error)
 
-    def _note_logprobs(self, logits: Tensor, tokens: list[int]) -> None:
-        counts = [row.params.logprobs for row in self.rows]
-        if all(count is None for count in counts):
-            return
-        for row, found in zip(
-            self.rows, logprobs(logits, tokens, [count or 0 for count in counts]), strict=True
-        ):
-            if row.params.logprobs is not None:
-                row.logprobs.append(found)
+    def _push(self, track: Track, choice: Choice) -> None:
+        sequence, state = track.sequence, track.state
+        state.note(choice)
+        if choice.logprobs is not None:
+            sequence.logprobs.append(choice.logprobs)
+        constraint = state.constraint
+        if constraint is not None:
+            constraint.accept(choice.token)
+        piece = sequence.push(choice.token, constraint is not None and constraint.complete)
+        if piece:
+            track.pieces.append(piece)
+        if sequence.finish_reason is not None:
+            self._drop(track)
 
-    def _drop_finished(self) -> None:
-        alive = [index for index, row in enumerate(self.rows) if row.finish_reason is None]
-        if len(alive) == len(self.rows):
-            return
-        self.rows = [self.rows[index] for index in alive]
-        if alive:
-            self._cache.keep(alive)
-            self._sampler.keep(alive)
+    def _release_siblings(self, parts: list[Part]) -> None:
+        for part in parts:
+            waiting = self._siblings.get(part.sequence)
+            if waiting is None or part.sequence.computed < len(part.sequence.prompt):
+                continue
+            del self._siblings[part.sequence]
+            for track in waiting:
+                self._tracks[track.sequence] = track
+                self._scheduler.add(track.sequence)
+
+    def _fail(self, answer: Answer, error: Exception) -> None:
+        if answer.error is None:
+            answer.error = error
+            self._cancel(answer)
+
+    def _drop(self, track: Track) -> None:
+        if self._tracks.pop(track.sequence, None) is not None:
+            self._scheduler.finish(track.sequence)
+
+    def _note(self, parts: list[Part], *seconds: float) -> None:
+        self.times.steps += 1
+        self.times.rows += sum(part.count for part in parts)
+        self.times.tokens += sum(part.samples for part in parts)
+        for name, took in zip(self.times.seconds, seconds, strict=True):
+            self.times.seconds[name] += took
+
+
+def _ends(parts: list[Part]) -> list[int]:
+    """One more than the last row of each part."""
+    ends, end = [], 0
+    for part in parts:
+        end += part.count
+        ends.append(end)
+    return ends
+
+
+def _block_count(
+    config: ModelConfig, context: int, dtype: torch.dtype, device: torch.device, settings: EngineSettings
+) -> int:
+    """As many blocks as the memory holds, and no more than the running sequences can use."""
+    each = BLOCK * bytes_per_position(config, dtype, settings.cache_dtype == "int8")
+    memory = settings.cache_memory
+    if memory is None:
+        memory = int(free_memory(device) * CACHE_SHARE.get(device.type, CACHE_SHARE["cpu"]))
+    if memory < each:
+        raise ResourceError(
+            f"{quantity(memory)}B for keys and values do not hold {BLOCK} positions, which take "
+            f"{quantity(each)}B; give engine.cache_memory more, or take engine.cache_dtype=int8"
+        )
+    return min(memory // each, settings.max_running * math.ceil(context / BLOCK))
 
 
 @contextmanager
-def _generating(model: Llama) -> Iterator[None]:
+def _generating(modules: Items[Module]) -> Iterator[None]:
     """No gradients, no dropout; both as before afterwards. Too little memory is one line of advice.
 
     Not `inference_mode`: tensors made in it, such as kept rotary frequencies, could not serve training later.
     """
-    training = [module for module in model.modules() if module.training]
+    training = [module for module in modules if module.training]
     try:
         with torch.no_grad():
             for module in training:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeGuard, overload
 
 import numpy as np
 import torch
@@ -17,11 +17,13 @@ from torch import Tensor
 from puna import formats
 from puna import tokenizer as tokenizers
 from puna.devices import choose_device, choose_dtype
-from puna.engine.engine import run
-from puna.engine.sampling import SamplingParams, TokenLogprobs
-from puna.engine.sequence import FinishReason, Sequence
-from puna.engine.text import answer_text
-from puna.errors import InputError
+from puna.engine.answer import Answer, Request
+from puna.engine.completion import Completion, completion
+from puna.engine.engine import Engine
+from puna.engine.params import SamplingParams
+from puna.engine.settings import EngineSettings
+from puna.engine.stream import Stream
+from puna.errors import InputError, PunaError
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
 from puna.model.rope import DynamicScaling
@@ -32,23 +34,8 @@ from puna.tokenizer.tokenizer import Tokenizer
 
 Prompt = str | Items[int]
 """Text, or token ids."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """An answer.
-
-    `text` is the new text only, with its leading space and without end token or stop string; it is empty
-    where the model has no tokenizer. `tokens` are all that the model produced, those included that ended the
-    answer. `finish_reason` is "stop" for an end token or a stop string, "length" for `max_new_tokens` or the
-    end of the context. `logprobs` has an entry for every token, where they were asked for.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: FinishReason
-    prompt_tokens: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] | None = None
+Messages = Items[Mapping[str, Any]]
+"""A conversation: `[{"role": "user", "content": "Hello"}, …]`."""
 
 
 class LLM:
@@ -66,13 +53,19 @@ class LLM:
         end_ids: Items[int] | None = None,
         source: str | None = None,
         notes: Items[str] = (),
+        engine: EngineSettings | None = None,
     ) -> None:
         """A model in memory, as it is: it may be in the middle of its training.
 
         `end_ids` are the tokens that end an answer, the tokenizer's unless given; `source` says where the
-        model is from, for the provenance of what `save` writes; `notes` are what its files left unsaid.
+        model is from, for the provenance of what `save` writes; `notes` are what its files left unsaid;
+        `engine` says what memory answers may take and how many are made at once.
         """
         self.notes = tuple(notes)
+        self.engine_settings = engine or parse(EngineSettings, {})
+        self._engine: Engine | None = None
+        self._structure: Structure | None = None
+        self._versions: list[int] = []
         self.model, self.tokenizer, self.source = model, tokenizer, source
         known = () if tokenizer is None else tokenizer.end_ids
         self.end_ids = tuple(known if end_ids is None else end_ids)
@@ -87,6 +80,22 @@ class LLM:
         """The longest sequence, prompt and answer together."""
         return context_length(self.config)
 
+    @property
+    def engine(self) -> Engine:
+        """What computes the answers; made at first use, and anew where the model was rebuilt since.
+
+        Raises:
+            ResourceError: there is too little memory for keys and values.
+        """
+        structure = _structure(self.model, self.engine_settings)
+        versions = [-1 if p.is_inference() else p._version for p in self.model.parameters()]
+        if self._engine is None or self._engine.broken or structure != self._structure:
+            self._engine = Engine(self.model, self.tokenizer, self.context, self.engine_settings)
+        elif versions != self._versions or -1 in versions:
+            self._engine.forget()  # an update of the weights: what was computed by the old ones is wrong
+        self._structure, self._versions = structure, versions
+        return self._engine
+
     @overload
     def generate(self, prompt: Prompt, *, specials: bool = False, **sampling: Any) -> Completion: ...
     @overload
@@ -96,7 +105,7 @@ class LLM:
     def generate(
         self, prompt: Prompt | Items[Prompt], *, specials: bool = False, **sampling: Any
     ) -> Completion | list[Completion]:
-        """Continue a prompt, or each of a list of prompts as one batch.
+        """Continue a prompt, or each of a list of prompts together; no answer depends on the others.
 
         Args:
             prompt: text, which BOS is put before ("" is BOS alone), or ids, taken as they are.
@@ -105,27 +114,50 @@ class LLM:
 
         Raises:
             SettingsError: impossible sampling settings.
-            InputError: a prompt is empty, too long, or not in the vocabulary; or it is text, and there is no
-                tokenizer.
+            InputError: a prompt is empty, too long, or not in the vocabulary; it is text, and there is no
+                tokenizer; or a constraint cannot be satisfied.
             ResourceError: too little memory.
         """
         params = parse(SamplingParams, sampling, "sampling")
         if not _is_batch(prompt):
-            return self._complete([self._sequence(prompt, params, specials)])[0]
-        return self._complete([self._sequence(one, params, specials) for one in prompt])
+            return self._complete([self._prompted(prompt, params, specials)])[0]
+        return self._complete([self._prompted(one, params, specials) for one in prompt])
 
-    def stream(self, prompt: Prompt, *, specials: bool = False, **sampling: Any) -> Iterator[str]:
+    def completions(
+        self,
+        requests: Iterable[tuple[Prompt | Messages, Mapping[str, Any]]],
+        *,
+        template: str | None = None,
+    ) -> Iterator[tuple[int, Completion | PunaError]]:
+        """Answer any number of requests as one continuous batch, each as soon as it is done.
+
+        Args:
+            requests: prompts or conversations, each with its own sampling settings. They are taken only as
+                fast as they are answered.
+            template: for conversations, as in `chat`.
+
+        Returns:
+            Pairs of a request's number, from 0, and its answer, or the error of a request at fault: it harms
+            no other.
+        """
+        return (
+            (number, _completion_or_error(outcome))
+            for number, outcome in self._served(
+                (number, self._request_or_error(prompt, sampling, template))
+                for number, (prompt, sampling) in enumerate(requests)
+            )
+        )
+
+    def stream(self, prompt: Prompt, *, specials: bool = False, **sampling: Any) -> Stream:
         """The text of `generate` in pieces, as soon as each is certain; errors come at once.
 
         Raises:
-            InputError: as `generate` does.
+            InputError: as `generate` does; or several answers are asked for.
         """
         params = parse(SamplingParams, sampling, "sampling")
-        return self._pieces(self._sequence(prompt, params, specials))
+        return self._stream(self._prompted(prompt, params, specials))
 
-    def chat(
-        self, messages: Items[Mapping[str, Any]], *, template: str | None = None, **sampling: Any
-    ) -> Completion:
+    def chat(self, messages: Messages, *, template: str | None = None, **sampling: Any) -> Completion:
         """Answer a conversation: `[{"role": "user", "content": "Hello"}, …]`.
 
         Args:
@@ -139,15 +171,13 @@ class LLM:
         """
         return self._complete([self._conversation(messages, template, sampling)])[0]
 
-    def stream_chat(
-        self, messages: Items[Mapping[str, Any]], *, template: str | None = None, **sampling: Any
-    ) -> Iterator[str]:
+    def stream_chat(self, messages: Messages, *, template: str | None = None, **sampling: Any) -> Stream:
         """The text of `chat` in pieces.
 
         Raises:
-            InputError: as `chat` does.
+            InputError: as `chat` and `stream` do.
         """
-        return self._pieces(self._conversation(messages, template, sampling))
+        return self._stream(self._conversation(messages, template, sampling))
 
     def save(self, directory: str | Path, overwrite: bool = False) -> None:
         """Write a model directory that `load` and transformers open.
@@ -165,37 +195,49 @@ class LLM:
             overwrite=overwrite,
         )
 
-    def _sequence(self, prompt: Any, params: SamplingParams, specials: bool) -> Sequence:
+    def _request_or_error(
+        self, prompt: Prompt | Messages, sampling: Mapping[str, Any], template: str | None
+    ) -> Request | PunaError:
+        try:
+            if _is_conversation(prompt):
+                return self._conversation(prompt, template, sampling)
+            return self._prompted(prompt, parse(SamplingParams, sampling, "sampling"), specials=False)
+        except PunaError as error:
+            return error
+
+    def _prompted(self, prompt: Any, params: SamplingParams, specials: bool) -> Request:
         if isinstance(prompt, str):
             ids = self._with_tokenizer().encode(prompt, bos=True, specials=specials)
             if not ids:
                 raise InputError("the prompt is empty, and this tokenizer has no token to begin a text with")
         else:
             ids = _as_ids(prompt)
-        return self._begin(ids, params, continues=True)
+        return self._request(ids, params, continues=True)
 
-    def _conversation(
-        self, messages: Items[Mapping[str, Any]], template: str | None, sampling: Mapping[str, Any]
-    ) -> Sequence:
+    def _conversation(self, messages: Messages, template: str | None, sampling: Mapping[str, Any]) -> Request:
         params = parse(SamplingParams, sampling, "sampling")
-        return self._begin(chats.render(self._with_tokenizer(), messages, template), params, continues=False)
+        ids = chats.render(self._with_tokenizer(), messages, template)
+        return self._request(ids, params, continues=False)
 
-    def _begin(self, ids: list[int], params: SamplingParams, continues: bool) -> Sequence:
-        size = self.config.vocab_size
-        wrong = next((index for index in ids if not 0 <= index < size), None)
-        if wrong is not None:
-            raise InputError(f"token id {wrong} is not in the model's vocabulary: expected 0 to {size - 1}")
-        if len(ids) >= self.context:
+    def _request(self, ids: list[int], params: SamplingParams, continues: bool) -> Request:
+        self._check_ids("token id", ids)
+        self._check_ids("stop_ids:", params.stop_ids)
+        self._check_ids("logit_bias:", params.logit_bias)
+        if len(ids) >= self.context and params.overflow == "refuse":
             raise InputError(
                 f"the prompt has {len(ids)} tokens; this model takes {self.context}, the answer included; "
-                "shorten it"
+                "shorten it, or let overflow be 'truncate' or 'slide'"
             )
         if params.stop and self.tokenizer is None:
             raise InputError("stop strings need a tokenizer, and this model has none")
-        text = None
-        if self.tokenizer is not None:
-            text = answer_text(self.tokenizer, ids, params.stop, continues)
-        return Sequence(ids, params, self.end_ids, self.context, text)
+        begins = self.tokenizer is not None and ids[0] == self.tokenizer.bos_id
+        return Request(tuple(ids), params, self.end_ids, continues, anchor=int(begins))
+
+    def _check_ids(self, what: str, ids: Iterable[int]) -> None:
+        size = self.config.vocab_size
+        wrong = next((index for index in ids if not 0 <= index < size), None)
+        if wrong is not None:
+            raise InputError(f"{what} {wrong} is not in the model's vocabulary: expected 0 to {size - 1}")
 
     def _with_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -205,14 +247,45 @@ class LLM:
             )
         return self.tokenizer
 
-    def _complete(self, sequences: list[Sequence]) -> list[Completion]:
-        texts: dict[int, list[str]] = {id(sequence): [] for sequence in sequences}
-        for sequence, piece in run(self.model, sequences):
-            texts[id(sequence)].append(piece)
-        return [_completion(sequence, "".join(texts[id(sequence)])) for sequence in sequences]
+    def _complete(self, requests: list[Request]) -> list[Completion]:
+        done: dict[int, Completion] = {}
+        for number, outcome in self._served(enumerate(requests)):
+            if isinstance(outcome, PunaError):
+                raise outcome
+            done[number] = completion(outcome)
+        return [done[number] for number in range(len(requests))]
 
-    def _pieces(self, sequence: Sequence) -> Iterator[str]:
-        return (piece for _, piece in run(self.model, [sequence]) if piece)
+    def _served(
+        self, requests: Iterable[tuple[int, Request | PunaError]]
+    ) -> Iterator[tuple[int, Answer | PunaError]]:
+        """Each request's answer once it is finished; what was not taken on is its error."""
+        engine = self.engine
+        ahead = 2 * engine.settings.max_running  # so many are known to the engine: a place never stays empty
+        coming, at_work = iter(requests), dict[int, Answer]()
+        try:
+            while True:
+                taken = list(itertools.islice(coming, ahead - len(at_work)))
+                for number, request in taken:
+                    outcome = _submitted(engine, request)
+                    if isinstance(outcome, PunaError):
+                        yield number, outcome
+                    else:
+                        at_work[number] = outcome
+                finished = [number for number, answer in at_work.items() if answer.finished]
+                yield from ((number, at_work.pop(number)) for number in finished)
+                if not taken and not at_work:
+                    return
+                if not finished:
+                    engine.step()
+        finally:
+            for answer in at_work.values():
+                engine.cancel(answer)
+
+    def _stream(self, request: Request) -> Stream:
+        if max(request.params.n, request.params.best_of or 1) > 1:
+            raise InputError("a stream is of one answer: n and best_of must be 1; or use generate")
+        engine = self.engine
+        return Stream(engine, engine.submit(request))
 
 
 def load(
@@ -223,6 +296,7 @@ def load(
     tokenizer: str | Path | Tokenizer | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
+    engine: EngineSettings | Mapping[str, Any] | None = None,
 ) -> LLM:
     """Open a model: a directory, a file, a run directory (its best export), or an id on the Hugging Face hub.
 
@@ -236,15 +310,17 @@ def load(
         tokenizer: takes the place of the model's own.
         revision: of a hub id: a branch, tag or commit.
         cache_dir: where downloads from the hub are kept; its usual place unless given.
+        engine: memory for answers and how many are made at once: EngineSettings, or its fields.
 
     Raises:
         ModelError: it is no model, or a damaged or unsupported one.
         TokenizerError: its tokenizer is damaged.
-        SettingsError: dtype or device is unknown.
+        SettingsError: dtype or device is unknown, or an engine setting is wrong.
         InputError: `quantize` names a scheme.
     """
     if quantize is not None:
         raise InputError(f"quantize={quantize!r}: no quantization scheme is available; leave it out")
+    serving = engine if isinstance(engine, EngineSettings) else parse(EngineSettings, engine or {}, "engine")
     target = choose_device(device)
     kind = choose_dtype(dtype, target)
     source = formats.open_model(formats.resolve(path, revision=revision, cache_dir=cache_dir))
@@ -255,7 +331,7 @@ def load(
         model = Llama(source.config).to(kind)
     load_weights(model, _on(target, kind, formats.expanded(source.weights)))
     ends = source.end_ids if chosen is None else (*source.end_ids, *chosen.end_ids)
-    return LLM(model.eval(), chosen, tuple(dict.fromkeys(ends)), source=str(path), notes=source.notes)
+    return LLM(model.eval(), chosen, tuple(dict.fromkeys(ends)), str(path), source.notes, serving)
 
 
 def context_length(config: ModelConfig) -> int:
@@ -279,10 +355,35 @@ def _on(device: torch.device, dtype: torch.dtype, weights: Weights) -> Weights:
     return Weights(weights.config, moved())
 
 
-def _completion(sequence: Sequence, text: str) -> Completion:
-    assert sequence.finish_reason is not None
-    logprobs = None if sequence.params.logprobs is None else tuple(sequence.logprobs)
-    return Completion(text, tuple(sequence.tokens), sequence.finish_reason, sequence.prompt, logprobs)
+Structure = tuple[Any, ...]
+
+
+def _structure(model: Llama, settings: EngineSettings) -> Structure:
+    """What an engine is made for; its number types, device, modules and settings."""
+    weight = model.model.embed_tokens.weight
+    return weight.dtype, weight.device, settings, [id(module) for module in model.modules()]
+
+
+def _submitted(engine: Engine, request: Request | PunaError) -> Answer | PunaError:
+    if isinstance(request, PunaError):
+        return request
+    try:
+        return engine.submit(request)
+    except PunaError as error:
+        return error
+
+
+def _completion_or_error(outcome: Answer | PunaError) -> Completion | PunaError:
+    if isinstance(outcome, PunaError):
+        return outcome
+    if isinstance(outcome.error, PunaError):
+        return outcome.error
+    return completion(outcome)
+
+
+def _is_conversation(prompt: Any) -> TypeGuard[Messages]:
+    is_list = isinstance(prompt, Items) and not isinstance(prompt, str) and len(prompt) > 0
+    return is_list and isinstance(prompt[0], Mapping)
 
 
 def _is_batch(prompt: Any) -> bool:

@@ -18,14 +18,20 @@ class AnswerText:
         """Ids from `vocab_size` on have no text: models are often padded to a round number of them."""
         self._decoder, self._vocab_size, self._stop = decoder, vocab_size, tuple(stop)
         self._held = ""
+        self._stops = True
         self.stopped = False
 
-    def push(self, token: int) -> str:
-        """The text that is certain by this token; sets `stopped` when a stop string is complete."""
+    def push(self, token: int, stops: bool = True) -> str:
+        """The text that is certain by this token; sets `stopped` when a stop string is complete.
+
+        Where it does not `stop`, its text counts towards no stop string, not even as a beginning: so are the
+        first tokens of an answer that must have a number of them.
+        """
+        self._stops = stops
         return self._release(self._decoder.push(token)) if token < self._vocab_size else ""
 
     def close(self) -> str:
-        """What is still held back, once no token follows."""
+        """What is still held back, once no token follows; it stops if the last token's text did."""
         if self.stopped:
             return ""
         text = self._release(self._decoder.flush())
@@ -35,6 +41,9 @@ class AnswerText:
 
     def _release(self, new: str) -> str:
         text = self._held + new
+        if not self._stops:
+            self._held = ""
+            return text
         found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""

@@ -48,9 +48,9 @@ class Cache(Protocol):
     """
 
     rope_lengths: Tensor | None
-    """(B,): the sequence length by which dynamic NTK turns a row, fixed from its first token to its last.
+    """(B, 1) or (B, T): the sequence length by which dynamic NTK turns a row or a token.
 
-    None where the model's scaling does not depend on length.
+    Fixed from a sequence's first token to its last; None where the model's scaling does not depend on length.
     """
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:

@@ -159,9 +159,9 @@ class Decoder(nn.Module):
         if cache.rope_lengths is None:
             # Keys already held were turned by the base of an earlier length: it must not move.
             raise ModelError(
-                "dynamic NTK with a cache needs cache.rope_lengths (B,), fixed for each sequence"
+                "dynamic NTK with a cache needs cache.rope_lengths (B, 1) or (B, T), fixed for each sequence"
             )
-        return cache.rope_lengths[:, None]
+        return cache.rope_lengths
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

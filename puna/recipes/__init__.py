@@ -9,7 +9,11 @@ validation.py    loss, perplexity and bits per byte on held-out tokens
 samples.py       what the model writes while it learns
 compression.py   what gzip and xz need for the same text
 demo.py          the whole path on the text that every Python carries
-talk.py          a prompt continued, a conversation
+generate.py      a prompt continued, or several
+generate_file.py a file of them: prompt_files.py reads it, answer_files.py keeps the answers
+chat.py          a conversation in the terminal: conversation.py, chat_commands.py, terminal.py
 describe.py      what a model is
 tokenizers.py    training a tokenizer, looking at one
+bench.py         speed on this machine: bench_generation.py runs the engine with the model of bench_model.py,
+                 bench_figures.py sets what it did beside what the machine could do
 """

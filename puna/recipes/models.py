@@ -9,6 +9,7 @@ from pathlib import Path
 import puna
 from puna import formats
 from puna.engine.llm import LLM
+from puna.engine.settings import EngineSettings
 
 Say = Callable[[str], None]
 
@@ -31,7 +32,7 @@ class ModelChoice:
         path = formats.resolve(self.name, revision=self.revision, cache_dir=self.cache_dir)
         return formats.open_model(path)
 
-    def llm(self, device: str, dtype: str, say: Say) -> LLM:
+    def llm(self, device: str, dtype: str, say: Say, engine: EngineSettings | None = None) -> LLM:
         """The model in memory; what its files leave unsaid is told.
 
         Raises:
@@ -44,6 +45,7 @@ class ModelChoice:
             tokenizer=self.tokenizer,
             revision=self.revision,
             cache_dir=self.cache_dir,
+            engine=engine,
         )
         for note in llm.notes:
             say(f"note: {note}")

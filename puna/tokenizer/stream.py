@@ -29,6 +29,16 @@ class StreamingDecoder:
         errors = "surrogateescape" if vocabulary.broken == "each" else "replace"
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors=errors)
 
+    @property
+    def at_start(self) -> bool:
+        """Whether the next token loses its leading space."""
+        return self._at_start
+
+    @property
+    def within_character(self) -> bool:
+        """Whether the bytes so far end within a character."""
+        return bool(self._utf8.getstate()[0])
+
     def push(self, index: int) -> str:
         """The text that is certain once this id is known; may be empty.
 

@@ -59,6 +59,16 @@ def test_a_stop_string_that_only_comes_out_at_the_end_is_found() -> None:
     assert shown(["a"], ["\ufffd"], rest="\ufffd") == (["a", ""], True)
 
 
+def test_text_that_stops_nothing_is_neither_cut_nor_held_back() -> None:
+    text = AnswerText(Pieces(["sto", "p", "sto", "p"]), 4, ["stop"])
+    pieces = [text.push(token, stops=token > 0) for token in range(4)]
+    assert pieces == ["sto", "p", "", ""]
+    assert text.stopped
+    at_the_end = AnswerText(Pieces(["a"], rest="\ufffd"), 1, ["\ufffd"])
+    assert at_the_end.push(0, stops=False) + at_the_end.close() == "a\ufffd"
+    assert not at_the_end.stopped
+
+
 letters = st.text(alphabet="ab", max_size=4)
 
 

@@ -139,7 +139,7 @@ def test_cached_decoding_equals_the_full_forward(name):
     model, ids = model_of(config, torch.float64), ids_of(config, 3, 40)
     start = torch.tensor([[0], [3], [500]])  # rows are at different places
     positions = start + torch.arange(40)
-    lengths = positions[:, -1] + 1 if name == "dynamic" else None
+    lengths = positions[:, -1:] + 1 if name == "dynamic" else None
     cache = PlainCache(lengths, config.sliding_window)
     pieces = [
         model(ids[:, a:b], positions[:, a:b], cache=cache) for a, b in ((0, 25), (25, 26), (26, 33), (33, 40))

@@ -6,14 +6,13 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from puna.devices import DTYPES, choose_device
+from puna.devices import DTYPES, choose_device, free_memory
 from puna.errors import ModelError
 from puna.formats.packed import plain
 from puna.formats.proof.agreement import Agreement, agreement
@@ -228,7 +227,7 @@ class _Reading:
         """The prompts (P, T) and the model's greedy continuations: (P, T + greedy)."""
         ids = self.proof.prompts
         end = ids.shape[1] + self.greedy
-        cache = _Held(torch.full((len(ids),), end, device=self.device), model.config.sliding_window)
+        cache = _Held(torch.full((len(ids), 1), end, device=self.device), model.config.sliding_window)
         fed, at = ids, 0
         for _ in range(self.greedy):
             positions = torch.arange(at, ids.shape[1], device=self.device).expand(len(ids), -1)
@@ -303,18 +302,9 @@ def _common_vocabulary(a: ModelConfig, b: ModelConfig, *tokenizers: Tokenizer | 
 
 
 def _both_fit(a: Source, b: Source) -> bool:
-    """Whether both in float32 take at most half of the free memory; not where that is unknown."""
+    """Whether both in float32 take at most half of the free memory."""
     needed = 4 * sum(parameters(source.config).total for source in (a, b))
-    return needed <= _free_memory() / 2
-
-
-def _free_memory() -> int:
-    """Bytes that can be had without swapping, 0 where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+    return needed <= free_memory(torch.device("cpu")) / 2
 
 
 def _affordable(config: ModelConfig) -> int:

@@ -1,0 +1,24 @@
+"""What commands print, and where."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+
+def emit(result: dict[str, Any], as_json: bool) -> None:
+    """A command's result as one line of JSON, the last of its output, where it is asked for."""
+    if as_json:
+        print(json.dumps(result))  # in ASCII, so that no terminal's encoding can spoil it
+
+
+def note(line: str) -> None:
+    """What a user should know, out of the way of a command's output."""
+    print(line, file=sys.stderr)
+
+
+def write(text: str) -> None:
+    """A piece of an answer, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,157 @@
+"""C++ files of this package as loaded libraries: compiled at first use, and kept for the next process."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from puna.kernels.compiler import build, default_compiler, missing
+
+SECONDS = 300  # a slow machine, or one that is busy
+OTHERS = stat.S_IRWXG | stat.S_IRWXO
+
+
+@dataclass(frozen=True)
+class Library:
+    """A compiled file; `fault` says in one line why there is none, "" if there is."""
+
+    functions: ctypes.CDLL | None
+    fault: str = ""
+    seconds: float = 0.0
+    """Spent on compiling now; 0 where it was found compiled."""
+
+
+@functools.cache
+def load(name: str) -> Library:
+    """`<name>.cpp` of this directory, compiled for this very processor; once per process."""
+    return compiled(Path(__file__).with_name(f"{name}.cpp"), default_compiler(), cache_directory())
+
+
+def cache_directory() -> Path:
+    """`$XDG_CACHE_HOME/puna/kernels`, or the same in `~/.cache`."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(named) if Path(named).is_absolute() else Path("~/.cache").expanduser()
+    return base / "puna" / "kernels"
+
+
+def compiled(source: Path, compiler: str, directory: Path) -> Library:
+    """A source's library from `directory`, or built and put there.
+
+    Where the directory cannot be used, or others could put their code into it, the library is built anew in
+    every process.
+    """
+    if fault := missing(compiler):
+        return Library(None, fault)
+    begun = time.perf_counter()
+    try:
+        kept = directory / f"{source.stem}-{_key(source, compiler)}.so" if _private(directory) else None
+        if kept is not None and _intact(kept):
+            return Library(ctypes.CDLL(str(kept)))
+        with tempfile.TemporaryDirectory(prefix="puna-kernels-", dir=kept and directory) as name:
+            fresh = Path(name, f"{source.stem}.so")
+            if fault := build(compiler, source, fresh, _flags(), SECONDS):
+                return Library(None, fault)
+            if kept is not None:
+                _keep(fresh, kept)
+            return Library(ctypes.CDLL(str(kept or fresh)), seconds=time.perf_counter() - begun)
+    except OSError as error:
+        return Library(None, f"the compiled {source.name} cannot be used: {error}")
+
+
+def openmp_fork() -> int | None:
+    """The address of `GOMP_parallel` in the OpenMP runtime that torch uses; None where it uses another kind.
+
+    Two runtimes in one process would spin against each other for the same cores. LLVM's and Intel's also go
+    by this name.
+    """
+    library = next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"), None)
+    if library is None:
+        return None
+    try:  # looked up among what this library depends on
+        return ctypes.cast(ctypes.CDLL(str(library)).GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
+
+
+def _flags() -> Sequence[str]:
+    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    return ("-std=c++17", "-O3", native, "-fno-math-errno", "-ffp-contract=fast")
+
+
+def _key(source: Path, compiler: str) -> str:
+    """What decides the result: source, flags, compiler, and the processor that is compiled for."""
+    command = [*shlex.split(compiler), "--version"]
+    version = subprocess.run(command, capture_output=True, check=False, timeout=SECONDS).stdout
+    parts = (source.read_bytes(), " ".join(_flags()).encode(), compiler.encode(), version, _processor())
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:24]
+
+
+def _processor() -> bytes:
+    information = Path("/proc/cpuinfo")
+    if not information.is_file():
+        return f"{platform.machine()} {platform.processor()} {platform.platform()}".encode()
+    names = ("model name", "flags", "features", "cpu implementer", "cpu part")
+    lines = information.read_text(errors="replace").splitlines()
+    # Cores of one machine may differ; every kind is named once.
+    return "\n".join(sorted({line for line in lines if line.lower().startswith(names)})).encode()
+
+
+def _private(directory: Path) -> bool:
+    """Whether only this user can write here: what lies here is run."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = directory.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            return False
+        if found.st_mode & OTHERS:
+            directory.chmod(0o700)
+        return os.access(directory, os.W_OK)
+    except OSError:
+        return False
+
+
+def _intact(library: Path) -> bool:
+    """Whether the file is this user's and as it was written: a cut one would end the process when loaded."""
+    try:
+        found = library.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
+            return False
+        return _sum_of(library).read_text() == _digest(library)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _keep(fresh: Path, kept: Path) -> None:
+    """Put a library and its checksum in place, each whole; another process may be doing the same."""
+    total = fresh.with_suffix(".sum")
+    total.write_text(_digest(fresh))
+    # A copy is renamed: what this process has loaded must not change under it.
+    copy = fresh.with_suffix(".copy")
+    shutil.copyfile(fresh, copy)
+    copy.replace(kept)
+    total.replace(_sum_of(kept))
+
+
+def _sum_of(library: Path) -> Path:
+    return library.with_suffix(".sum")
+
+
+def _digest(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()

@@ -1,0 +1,118 @@
+"""The C++ attention over blocks: its call from Python, and which attention a device gets."""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from puna.kernels.attention import plain
+from puna.kernels.library import Library, load, openmp_fork
+from puna.kernels.pages import Attend, Pages, Step
+
+NAMES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float64: "float64",
+}
+NO_WINDOW = 2**31 - 1
+
+
+class _Pages(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
+        *((name, ctypes.c_int32) for name in ("kv_heads", "width", "padded")),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.POINTER(ctypes.c_int32)) for name in ("tables", "offsets", "starts", "counts")),
+        *((name, ctypes.c_int32) for name in ("sequences", "rows", "window", "threads")),
+    ]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How a layer's pages are attended to on some device."""
+
+    bind: Callable[[Pages, torch.dtype], Attend]
+    """Of a layer's pages, for a model of some type."""
+    fault: str = ""
+    """Why it is plain torch on a CPU, in one line."""
+    seconds: float = 0.0
+    """What compiling took just now."""
+
+
+def attention_on(device: torch.device) -> Kernel:
+    """The C++ kernel on a CPU that has a compiler, else plain torch."""
+    if device.type != "cpu":
+        return Kernel(lambda pages, dtype: plain(pages))
+    library = load("paged_attention")
+    if library.functions is None:
+        return Kernel(lambda pages, dtype: plain(pages), library.fault)
+    return Kernel(lambda pages, dtype: native(pages, dtype, library), seconds=library.seconds)
+
+
+def native(pages: Pages, dtype: torch.dtype, library: Library | None = None) -> Attend:
+    """Attention in C++, on as many threads as torch has; `dtype` is that of q, k, v and the result."""
+    functions = (library or load("paged_attention")).functions
+    assert functions is not None
+    functions.use_threads(ctypes.c_void_p(_fork()))
+    suffix = "_int8" if pages.keys.dtype == torch.int8 else ""
+    call = functions[f"attend_{NAMES[dtype]}{suffix}"]
+    call.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int32]
+    call.restype = None
+    _, K, H, _ = pages.keys.shape
+    held = _Pages(
+        *(None if x is None else x.data_ptr() for x in (pages.keys, pages.values)),
+        *(None if x is None else x.data_ptr() for x in (pages.key_scales, pages.value_scales)),
+        K,
+        H,
+        pages.values.shape[-1],
+    )
+    where = ctypes.addressof(held)
+
+    def attend(step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        assert q.dtype == k.dtype == v.dtype == dtype and q.shape[:2] == (1, step.rows)
+        out = torch.empty_like(q)
+        at = _prepared(step).address
+        call(where, at, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), q.shape[2])
+        return out
+
+    # The library is given addresses only: what they lead to lives as long as the call can be made.
+    attend.__dict__["held"] = (held, pages)
+    return attend
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A step as the library reads it, and the arrays that it leads to."""
+
+    address: int
+    held: tuple[object, ...]
+
+
+@lru_cache(maxsize=1)
+def _prepared(step: Step) -> _Prepared:
+    """Made once for all layers."""
+    offsets = [0, *accumulate(len(table) for table in step.tables)]
+    flat = [block for table in step.tables for block in table]
+    arrays = [array("i", numbers or [0]) for numbers in (flat, offsets, step.starts, step.counts)]
+    pointers = [ctypes.cast(x.buffer_info()[0], ctypes.POINTER(ctypes.c_int32)) for x in arrays]
+    window = NO_WINDOW if step.window is None else min(step.window, NO_WINDOW)
+    held = _Step(*pointers, len(step.counts), step.rows, window, torch.get_num_threads())
+    return _Prepared(ctypes.addressof(held), (held, *arrays))
+
+
+@cache
+def _fork() -> int | None:
+    return openmp_fork()

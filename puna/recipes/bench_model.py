@@ -1,0 +1,96 @@
+"""The model that a benchmark runs: a preset with random weights, or one from a path or the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import puna
+from puna.engine.llm import context_length
+from puna.errors import SettingsError
+from puna.model.config import ModelConfig
+from puna.model.counts import flops_per_token
+from puna.model.initial import initial_weights
+from puna.model.llama import Llama
+from puna.model.presets import PRESETS
+from puna.model.weights import Packed, Weights, load_weights
+from puna.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in memory, and how long its sequences may be."""
+
+    model: Llama
+    tokenizer: Tokenizer | None
+    context: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """What the weights take; a tied matrix once."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
+    @property
+    def step_bytes(self) -> int:
+        """What a step reads of them: all but an embedding that is not tied, of which it takes a few rows."""
+        tied = self.model.config.tie_word_embeddings
+        return self.weight_bytes - (0 if tied else self.model.model.embed_tokens.weight.nbytes)
+
+
+def open_subject(
+    name: str, dtype: torch.dtype, device: torch.device, context: int | None, needed: int
+) -> Subject:
+    """The model; a preset's context grows to `needed` positions where nothing else is asked.
+
+    Raises:
+        SettingsError: the context is too short for what is to be measured, or that of a model with its own.
+        ModelError: it is no model.
+    """
+    if name in PRESETS:
+        own = PRESETS[name]
+        length = context or max(own.max_position_embeddings, needed)
+        config = own.model_copy(update={"max_position_embeddings": length})
+        subject = Subject(random_model(config, dtype, device), None, length)
+    else:
+        if context is not None:
+            raise SettingsError(f"context is for presets, whose weights are random; {name} has its own")
+        llm = puna.load(name, dtype=str(dtype).removeprefix("torch."), device=str(device))
+        subject = Subject(llm.model, llm.tokenizer, context_length(llm.config))
+    if subject.context < needed:
+        raise SettingsError(
+            f"{needed} positions are needed, and the context has {subject.context}; lower prompt or new"
+            + (", or raise context" if name in PRESETS else "")
+        )
+    return subject
+
+
+def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Llama:
+    """A model as training begins with it; of float32 copies there is only one tensor's at a time."""
+
+    def cast() -> Iterator[tuple[str, Tensor | Packed]]:
+        for name, tensor in initial_weights(config, seed=0):
+            assert isinstance(tensor, Tensor)
+            yield name, tensor.to(device, dtype)
+
+    with torch.device("meta"):
+        model = Llama(config).to(dtype)
+    load_weights(model, Weights(config, cast()))
+    return model.eval()
+
+
+def flops_of(config: ModelConfig, first: int, count: int, heads: int) -> float:
+    """Floating-point operations for `count` tokens of a sequence from position `first` on.
+
+    As `puna.model.counts` counts them, but with the output projection of only `heads` of them: an engine
+    needs the logits of the rows after which it samples.
+    """
+    head = 2 * config.vocab_size * config.hidden_size
+    whole = _flops_up_to(config, first + count) - _flops_up_to(config, first)
+    return whole - head * (count - heads)
+
+
+def _flops_up_to(config: ModelConfig, length: int) -> float:
+    return length * flops_per_token(config, length, training=False) if length else 0.0

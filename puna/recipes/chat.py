@@ -1,0 +1,54 @@
+"""Hold a conversation in the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from puna.engine.llm import LLM
+from puna.recipes.chat_commands import load, obey
+from puna.recipes.conversation import Conversation, Note
+from puna.recipes.terminal import Read, Write, read_message
+
+
+def chat(
+    llm: LLM,
+    sampling: dict[str, Any],
+    *,
+    system: str | None,
+    template: str | None,
+    start: Path | None,
+    read: Read,
+    write: Write,
+    note: Note,
+) -> None:
+    """Answer what is typed, with everything said before, until /exit or the end of the input.
+
+    `start` is a conversation that /save kept, to go on from; `system` takes the place of its system message.
+
+    Raises:
+        InputError: the model has no chat template and none was named, or it refuses the start; there is too
+            little memory.
+        KeyboardInterrupt: Ctrl-C twice where a message is typed.
+    """
+    conversation = Conversation(llm, sampling, template, write, note)
+    conversation.begin([])
+    if start is not None:
+        load(conversation, str(start))
+    if system:
+        conversation.begin([{"role": "system", "content": system}, *conversation.said])
+    _ = llm.engine  # made here, so that too little memory is told before anyone types
+    while not conversation.ended and (message := _next(read, note)) is not None:
+        if message.startswith("/"):
+            obey(conversation, message)
+        elif message.strip():
+            conversation.ask(message)
+
+
+def _next(read: Read, note: Note) -> str | None:
+    """The next message; Ctrl-C drops what was typed, and a second one in a row is meant."""
+    try:
+        return read_message(read)
+    except KeyboardInterrupt:
+        note("\n[Ctrl-D or /exit ends; so does Ctrl-C once more]")
+        return read_message(read)

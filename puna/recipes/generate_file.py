@@ -1,0 +1,202 @@
+"""Answer a file of prompts as one continuous batch, into a file that a killed run goes on with."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import secrets
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from puna.engine.completion import Completion
+from puna.engine.llm import LLM
+from puna.engine.params import CONSTRAINTS, SamplingParams
+from puna.errors import DataError, Interrupted, PunaError, SettingsError
+from puna.formats.huggingface.safetensors_writer import payload
+from puna.progress import Track, Tracker, quantity
+from puna.recipes.answer_files import AnswerFile, Record, answer_file, as_line, record_of, refuse_existing
+from puna.recipes.generate import answered
+from puna.recipes.prompt_files import STANDARD, PromptLine, Survey, read_prompts, survey
+from puna.recipes.sampling_options import SamplingOptions, seed_for
+from puna.settings import parse
+
+Write = Callable[[str], None]
+Put = Callable[[dict[str, Any]], None]
+PROBED = 256  # elements of each tensor that tell two models apart
+
+
+@dataclass(frozen=True)
+class FileJob:
+    """A file of prompts, the file that its answers go to, and how they are made.
+
+    `prompts` and `out` may be "-": standard input, standard output. `template` is for conversations.
+    """
+
+    prompts: str
+    out: str
+    options: SamplingOptions
+    template: str | None = None
+    resume: bool = False
+
+
+@dataclass
+class Tally:
+    """What was done; a resumed run counts the lines of those before it, and its own tokens and seconds."""
+
+    lines: int = 0
+    failed: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def generate_file(job: FileJob, open_llm: Callable[[], LLM], write: Write, track: Track) -> dict[str, Any]:
+    """Answer every line, in the order they finish; return the tally.
+
+    An answer depends on nothing but its line, the settings and the model: where the line has no seed, its own
+    is made of the settings' and its number. So a run that was killed and resumed leaves the same lines as one
+    that was not. What is wrong with a line is told in the place of its answer, and harms no other.
+
+    Raises:
+        InputError: the files, the settings or the model cannot be used.
+        Interrupted: Ctrl-C; what is answered is kept.
+    """
+    _refuse_impossible(job)
+    found = None if job.prompts == STANDARD else survey(job.prompts)
+    known = record_of(Path(job.out)) if job.resume else None
+    seed = _seed(job, known)
+    with contextlib.ExitStack() as stack:
+        llm = open_llm()
+        file = None
+        if job.out != STANDARD:
+            record = _record(job, llm, seed, found)
+            file = stack.enter_context(answer_file(Path(job.out), record, job.resume))
+        tracker = stack.enter_context(track("Answering", found.lines if found else 0, "lines"))
+        work = _Work(job, llm, seed, file, write, tracker)
+        try:
+            work.run()
+        except KeyboardInterrupt:
+            raise Interrupted(signal.SIGINT, f"stopped; {_kept(file)}") from None
+        tally = work.tally
+        tracker.say(
+            f"{tally.tokens:,} tokens, {quantity(tally.rate)} tokens/s; {tally.failed:,} lines failed"
+        )
+    return {"seed": seed, **vars(tally), "tokens_per_second": tally.rate}
+
+
+class _Work:
+    """One run through the lines."""
+
+    def __init__(
+        self, job: FileJob, llm: LLM, seed: int, file: AnswerFile | None, write: Write, tracker: Tracker
+    ) -> None:
+        self._job, self._llm, self._seed, self._tracker = job, llm, seed, tracker
+        self._done: set[int] = set() if file is None else file.done
+        self._put: Put = (lambda answer: write(as_line(answer))) if file is None else file.put
+        self.tally = Tally(len(self._done), 0 if file is None else file.failed)
+        self._began = time.monotonic()
+        if self._done:
+            tracker.start_at(len(self._done))
+
+    def run(self) -> None:
+        """Answer what is not answered yet."""
+        waiting: dict[int, PromptLine] = {}
+        answers = self._llm.completions(self._requests(waiting), template=self._job.template)
+        for number, outcome in answers:
+            self._answer(waiting.pop(number), outcome)
+
+    def _requests(
+        self, waiting: dict[int, PromptLine]
+    ) -> Iterator[tuple[str | list[Any], Mapping[str, Any]]]:
+        """The lines that ask for something, as they are taken; `waiting` remembers them by their order."""
+        asked = 0
+        for line in read_prompts(self._job.prompts):
+            if line.number in self._done:
+                continue
+            if line.fault is not None:
+                self._answer(line, DataError(line.fault))
+                continue
+            waiting[asked] = line
+            asked += 1
+            prompt = line.prompt if line.messages is None else line.messages
+            assert prompt is not None
+            yield prompt, self._sampling(line)
+
+    def _sampling(self, line: PromptLine) -> dict[str, Any]:
+        """The settings of all lines, changed by the line's own; a constraint of its own replaces theirs."""
+        common = dict(self._job.options.sampling)
+        if any(name in line.sampling for name in CONSTRAINTS):
+            common = {name: value for name, value in common.items() if name not in CONSTRAINTS}
+        return {**common, "seed": seed_for(self._seed, line.number), **line.sampling}
+
+    def _answer(self, line: PromptLine, outcome: Completion | PunaError) -> None:
+        tally = self.tally
+        if isinstance(outcome, Completion):
+            self._put({**line.named, **line.asked, **answered(outcome)})
+            tally.tokens += sum(len(one.tokens) for one in (outcome, *outcome.alternatives))
+        else:
+            self._put({**line.named, "error": str(outcome)})
+            tally.failed += 1
+        tally.lines += 1
+        tally.seconds = time.monotonic() - self._began
+        self._tracker.advance(1, f"{quantity(tally.rate)} tokens/s")
+
+
+def _refuse_impossible(job: FileJob) -> None:
+    """What can be known to fail before anything is read."""
+    if job.resume and STANDARD in (job.prompts, job.out):
+        raise SettingsError("--resume needs files: give --prompts and --out by name")
+    if Path(job.out).suffix.lower() in (".gz", ".zst"):
+        raise SettingsError(f"{job.out}: answers are written as plain JSON lines; leave out the last suffix")
+    if job.out != STANDARD and not job.resume:
+        refuse_existing(Path(job.out))
+
+
+def _seed(job: FileJob, known: Record | None) -> int:
+    """The one given, else the one that the answers so far were made with, else a new one."""
+    given: int | None = job.options.sampling.get("seed")
+    if given is not None:
+        return given
+    before = None if known is None else known.sampling.seed
+    return secrets.randbits(32) if before is None else before
+
+
+def _record(job: FileJob, llm: LLM, seed: int, found: Survey | None) -> Record:
+    return Record(
+        model=fingerprint(llm),
+        source=llm.source,
+        prompts=STANDARD if found is None else found.sha256,
+        lines=0 if found is None else found.lines,
+        sampling=parse(SamplingParams, {**job.options.sampling, "seed": seed}, "sampling"),
+        template=job.template,
+        cache_dtype=job.options.engine.cache_dtype,
+        deterministic=job.options.engine.deterministic,
+    )
+
+
+def fingerprint(llm: LLM) -> str:
+    """SHA-256, in hex, of what decides a model's answers.
+
+    Its shape, tokenizer and end tokens, and of every tensor the number type and elements spread over it: they
+    are read in no time, and training, merging or rounding leaves none of them as it was.
+    """
+    tokenizer = None if llm.tokenizer is None else llm.tokenizer.fingerprint
+    digest = hashlib.sha256(f"{llm.config.model_dump_json()} {tokenizer} {llm.end_ids}".encode())
+    for name, tensor in llm.model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(payload(tensor.flatten()[:: max(1, tensor.numel() // PROBED)]))
+    return digest.hexdigest()
+
+
+def _kept(file: AnswerFile | None) -> str:
+    if file is None:
+        return "with --out FILE it could be gone on with"
+    return f"the answers so far are in {file.path}: run it again with --resume"
