@@ -114,7 +114,8 @@ class Engine:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know about how it computes here."""
-        return (self._cache.fault,) if self._cache.fault else ()
+        fault = self._cache.fault
+        return (f"attention is computed by plain torch, which is slow: {fault}",) if fault else ()
 
     def submit(self, request: Request) -> Answer:
         """Take a request on; it is computed by `step`.

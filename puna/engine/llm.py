@@ -76,6 +76,11 @@ class LLM:
         return self.model.config
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.model.embed_tokens.weight.device
+
+    @property
     def context(self) -> int:
         """The longest sequence, prompt and answer together."""
         return context_length(self.config)

@@ -192,7 +192,7 @@ class Scheduler:
         """Begin a sequence if there will be memory until all its tokens are computed, the running considered.
 
         Otherwise it would take blocks only to give them up again. Those before it keep what they have yet to
-        take, and a block each for what they decode meanwhile; those after it would give way.
+        take, and a block for what each decodes meanwhile, unless it has all; those after it would give way.
         """
         free = self._pool.free
         if self._short is not None and self._short[0] is sequence and free <= self._short[1]:
@@ -200,7 +200,8 @@ class Scheduler:
         self._begin(sequence)
         before, after = self._running[:index], self._running[index:]
         room = self._pool.free + sum(len(other.blocks) - other.behind for other in after)
-        if self._wants(sequence) + sum(map(self._wants, before)) + index <= room:
+        growing = sum(len(other.blocks) * self._pool.size < other.longest for other in before)
+        if self._wants(sequence) + sum(map(self._wants, before)) + growing <= room:
             return True
         self._release(sequence)
         self._short = (sequence, free)

@@ -41,6 +41,13 @@ def load(name: str) -> Library:
     return compiled(Path(__file__).with_name(f"{name}.cpp"), default_compiler(), cache_directory())
 
 
+def must_compile() -> bool:
+    """Whether a kernel of this package is yet to be compiled for this processor, which takes a while."""
+    compiler, directory = default_compiler(), cache_directory()
+    sources = Path(__file__).parent.glob("*.cpp")
+    return not missing(compiler) and not all(_intact(_place(x, compiler, directory)) for x in sources)
+
+
 def cache_directory() -> Path:
     """`$XDG_CACHE_HOME/puna/kernels`, or the same in `~/.cache`."""
     named = os.environ.get("XDG_CACHE_HOME", "")
@@ -58,7 +65,7 @@ def compiled(source: Path, compiler: str, directory: Path) -> Library:
         return Library(None, fault)
     begun = time.perf_counter()
     try:
-        kept = directory / f"{source.stem}-{_key(source, compiler)}.so" if _private(directory) else None
+        kept = _place(source, compiler, directory) if _private(directory) else None
         if kept is not None and _intact(kept):
             return Library(ctypes.CDLL(str(kept)))
         with tempfile.TemporaryDirectory(prefix="puna-kernels-", dir=kept and directory) as name:
@@ -85,6 +92,10 @@ def openmp_fork() -> int | None:
         return ctypes.cast(ctypes.CDLL(str(library)).GOMP_parallel, ctypes.c_void_p).value
     except (OSError, AttributeError):
         return None
+
+
+def _place(source: Path, compiler: str, directory: Path) -> Path:
+    return directory / f"{source.stem}-{_key(source, compiler)}.so"
 
 
 def _flags() -> Sequence[str]:

@@ -84,8 +84,8 @@ def native(pages: Pages, dtype: torch.dtype, library: Library | None = None) -> 
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         assert q.dtype == k.dtype == v.dtype == dtype and q.shape[:2] == (1, step.rows)
         out = torch.empty_like(q)
-        at = _prepared(step).address
-        call(where, at, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), q.shape[2])
+        prepared = _prepared(step)  # held until the call returns: another thread may have the next one made
+        call(where, prepared.address, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), q.shape[2])
         return out
 
     # The library is given addresses only: what they lead to lives as long as the call can be made.

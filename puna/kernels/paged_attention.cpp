@@ -83,7 +83,8 @@ template <> inline bfloat16 narrow<bfloat16>(double x) {
     return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};  // to nearest, ties to even
 }
 template <> inline float16 narrow<float16>(double x) {
-    const uint32_t bits = bits_as<uint32_t>(float(x)), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    const uint32_t bits = bits_as<uint32_t>(float(x));
+    const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
     if (magnitude > 0x7f800000) return {uint16_t(sign | 0x7e00)};
     if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // from 65520 on: infinity
     if (magnitude < 113u << 23) {  // subnormal: adding 1/2 puts the last bit that stays at the float's end
@@ -210,12 +211,13 @@ constexpr Product<A, S> product_of(int which, std::integer_sequence<int, I...>) 
 
 // The same for any number of rows, and any width that is a multiple of the lanes.
 template <class A, class S>
-void products(const A* a, long a_row, const S* b, long b_row, int count, A* c, long c_row, int rows, int width) {
+void products(const A* a, long a_row, const S* b, long b_row, int count, A* c, long c_row, int rows,
+              int width) {
     constexpr int STRIDE = VECTORS * LANES<A>;
     for (int at = 0; at < width; at += STRIDE)
         for (int q = 0; q < rows; q += QUERIES) {
-            const int vectors = std::min(STRIDE, width - at) / LANES<A>, queries = std::min(QUERIES, rows - q);
-            const int which = (queries - 1) * VECTORS + vectors - 1;
+            const int vectors = std::min(STRIDE, width - at) / LANES<A>;
+            const int which = (std::min(QUERIES, rows - q) - 1) * VECTORS + vectors - 1;
             product_of<A, S>(which, std::make_integer_sequence<int, QUERIES * VECTORS>{})(
                 a + q * a_row, a_row, b + at, b_row, count, c + q * c_row + at, c_row);
         }
@@ -298,10 +300,12 @@ void store_rows(const Pages& pages, const Shape& shape, const Rows& rows, int he
     const auto [K, G, H, P] = shape;
     for (int row = 0; row < rows.count; ++row) {
         const int position = rows.start + row, slot = position % BLOCK;
-        const long place = long(rows.table[position / BLOCK]) * K + head, from = (long(rows.first + row) * K + head) * H;
-        const long scale = place * BLOCK + slot;
-        store_row(k + from, H, static_cast<S*>(pages.keys) + place * H * BLOCK + slot, BLOCK, pages.key_scales + scale);
-        store_row(v + from, H, static_cast<S*>(pages.values) + (place * BLOCK + slot) * P, 1, pages.value_scales + scale);
+        const long place = long(rows.table[position / BLOCK]) * K + head, scale = place * BLOCK + slot;
+        const long from = (long(rows.first + row) * K + head) * H;
+        S* key = static_cast<S*>(pages.keys) + place * H * BLOCK + slot;
+        S* value = static_cast<S*>(pages.values) + scale * P;
+        store_row(k + from, H, key, BLOCK, pages.key_scales + scale);
+        store_row(v + from, H, value, 1, pages.value_scales + scale);
     }
 }
 
@@ -345,7 +349,8 @@ template <class A, class S, class M> struct Tile {
         std::fill(partial.out, partial.out + long(queries) * shape.P, A(0));
         std::fill(partial.largest, partial.largest + queries, -std::numeric_limits<A>::infinity());
         std::fill(partial.total, partial.total + queries, A(0));
-        const int begin = std::max(first_block(), span * SPAN), end = std::min(last_block(), span * SPAN + SPAN - 1);
+        const int begin = std::max(first_block(), span * SPAN);
+        const int end = std::min(last_block(), span * SPAN + SPAN - 1);
         for (int block = begin; block <= end; ++block) {
             if (block < end) fetch(block + 1);
             attend_block(block, q, partial, scratch);
@@ -357,8 +362,9 @@ template <class A, class S, class M> struct Tile {
         const long place = long(rows.table[block]) * shape.K + head;
         const char* keys = static_cast<const char*>(pages.keys) + place * shape.H * BLOCK * sizeof(S);
         const char* values = static_cast<const char*>(pages.values) + place * BLOCK * shape.P * sizeof(S);
-        for (long at = 0; at < long(shape.H * BLOCK * sizeof(S)); at += 64) __builtin_prefetch(keys + at, 0, 2);
-        for (long at = 0; at < long(BLOCK * shape.P * sizeof(S)); at += 64) __builtin_prefetch(values + at, 0, 2);
+        const long key_bytes = long(shape.H * BLOCK * sizeof(S)), value_bytes = long(BLOCK * shape.P * sizeof(S));
+        for (long at = 0; at < key_bytes; at += 64) __builtin_prefetch(keys + at, 0, 2);
+        for (long at = 0; at < value_bytes; at += 64) __builtin_prefetch(values + at, 0, 2);
     }
 
     void attend_block(int block, const A* q, const Partial<A>& partial, A* scratch) const {
@@ -371,8 +377,8 @@ template <class A, class S, class M> struct Tile {
         std::fill(weights, weights + long(queries) * BLOCK, A(0));
         const S* keys = static_cast<const S*>(pages.keys) + place * H * BLOCK;
         multiply(q, H, keys, BLOCK, H, weights, BLOCK, BLOCK, wide);
-        for (int query = 0; query < queries; ++query)
-            weigh(query, base, weights + query * BLOCK, scaled ? pages.key_scales + place * BLOCK : nullptr, partial);
+        const float* scales = scaled ? pages.key_scales + place * BLOCK : nullptr;
+        for (int query = 0; query < queries; ++query) weigh(query, base, weights + query * BLOCK, scales, partial);
         if constexpr (scaled)
             for (int query = 0; query < queries; ++query)
                 for (int slot = from; slot <= to; ++slot)
@@ -382,7 +388,8 @@ template <class A, class S, class M> struct Tile {
     }
 
     // Where many queries read the same, it is widened once for all of them; the numbers are the same.
-    void multiply(const A* a, long a_row, const S* b, long b_row, int count, A* c, long c_row, int width, A* wide) const {
+    void multiply(const A* a, long a_row, const S* b, long b_row, int count, A* c, long c_row, int width,
+                  A* wide) const {
         if constexpr (widened) {
             if (queries > 2 * QUERIES) {
                 for (long i = 0; i < long(count) * b_row; i += LANES<A>) store<A>(wide + i, load<A>(b + i));
@@ -393,7 +400,7 @@ template <class A, class S, class M> struct Tile {
         products<A, S>(a, a_row, b, b_row, count, c, c_row, queries, width);
     }
 
-    // Scores of one query become weights relative to the largest so far; what was summed is made relative to it.
+    // Scores of one query become weights relative to the largest so far, as does what was summed before.
     void weigh(int query, int base, A* scores, const float* scales, const Partial<A>& partial) const {
         const int from = std::max(0, earliest(query) - base), to = std::min(BLOCK - 1, own(query) - base);
         if (from > to) {  // this query sees nothing here: another of the tile does
@@ -419,7 +426,8 @@ template <class A, class S, class M> struct Tile {
             store<A>(scores + at, weight);
             sum += weight;
         }
-        if (largest != partial.largest[query]) rescale(query, exponential_of<A>(partial.largest[query] - largest), partial);
+        if (largest != partial.largest[query])
+            rescale(query, exponential_of<A>(partial.largest[query] - largest), partial);
         partial.largest[query] = largest;
         partial.total[query] += fold(sum, [](auto a, auto b) { return a + b; });
     }
@@ -437,7 +445,8 @@ template <class A, class S, class M> struct Tile {
             const A largest = std::max(sofar.largest[query], later.largest[query]);
             rescale(query, exponential_of<A>(sofar.largest[query] - largest), sofar);
             rescale(query, exponential_of<A>(later.largest[query] - largest), later);
-            for (int p = 0; p < shape.P; ++p) sofar.out[long(query) * shape.P + p] += later.out[long(query) * shape.P + p];
+            const long at = long(query) * shape.P;
+            for (int p = 0; p < shape.P; ++p) sofar.out[at + p] += later.out[at + p];
             sofar.total[query] += later.total[query];
             sofar.largest[query] = largest;
         }
@@ -506,8 +515,8 @@ template <class A, class S, class M> struct Call {
             work += 2.0 * all * seen * shape.K * shape.H;
             longest_spans = std::max(longest_spans, (int(seen) + SPAN * BLOCK - 1) / (SPAN * BLOCK));
         }
-        const long used = long(first) * shape.K * shape.G * shape.H, all = long(step.rows) * shape.K * shape.G * shape.H;
-        std::memset(static_cast<void*>(out + used), 0, size_t(all - used) * sizeof(M));
+        const long row = long(shape.K) * shape.G * shape.H;
+        std::memset(static_cast<void*>(out + first * row), 0, size_t((step.rows - first) * row) * sizeof(M));
     }
 
     long scratch_size() const {
@@ -569,22 +578,26 @@ template <class A, class S, class M> struct Call {
             const auto tile = this->tile(shares[i].item);
             const Scratch scratch = this->scratch();
             tile.read_queries(q, scratch.q);
-            tile.attend(shares[i].span, scratch.q, Partial<A>::at(partials + size * i, most, shape.P), scratch.work);
+            const auto partial = Partial<A>::at(partials + size * i, most, shape.P);
+            tile.attend(shares[i].span, scratch.q, partial, scratch.work);
         });
         for_each(items, threads, [&](int item) {
             const auto tile = this->tile(item);
             const Scratch scratch = this->scratch();
             const int first = tile.first_block() / SPAN, last = tile.last_block() / SPAN;
             start(tile, scratch.all);
-            for (int span = first; span <= last; ++span)
-                tile.merge(span, Partial<A>::at(partials + size * (begins[item] + span - first), most, shape.P), scratch.all);
+            for (int span = first; span <= last; ++span) {
+                A* later = partials + size * (begins[item] + span - first);
+                tile.merge(span, Partial<A>::at(later, most, shape.P), scratch.all);
+            }
             tile.write(scratch.all, out);
         });
     }
 };
 
 template <class A, class S, class M>
-void call(const Pages* pages, const Step* step, const void* q, const void* k, const void* v, void* out, int heads) {
+void call(const Pages* pages, const Step* step, const void* q, const void* k, const void* v, void* out,
+          int heads) {
     const Shape shape{pages->kv_heads, heads / pages->kv_heads, pages->width, pages->padded};
     const auto *queries = static_cast<const M*>(q), *keys = static_cast<const M*>(k);
     Call<A, S, M>{*pages, *step, shape, queries, keys, static_cast<const M*>(v), static_cast<M*>(out)}.run();
@@ -611,5 +624,6 @@ extern "C" void use_threads(void* fork) { fork_threads = reinterpret_cast<Fork>(
 
 // For tests: e^x.
 extern "C" void exponentials(const float* x, float* out, long count) {
-    for (long at = 0; at + LANES<float> <= count; at += LANES<float>) store<float>(out + at, exponential(load<float>(x + at)));
+    for (long at = 0; at + LANES<float> <= count; at += LANES<float>)
+        store<float>(out + at, exponential(load<float>(x + at)));
 }

@@ -10,6 +10,7 @@ import puna
 from puna import formats
 from puna.engine.llm import LLM
 from puna.engine.settings import EngineSettings
+from puna.kernels.library import must_compile
 
 Say = Callable[[str], None]
 
@@ -33,10 +34,11 @@ class ModelChoice:
         return formats.open_model(path)
 
     def llm(self, device: str, dtype: str, say: Say, engine: EngineSettings | None = None) -> LLM:
-        """The model in memory; what its files leave unsaid is told.
+        """The model in memory and its engine ready; what its files leave unsaid is told.
 
         Raises:
             InputError: as `puna.load`.
+            ResourceError: there is too little memory for keys and values.
         """
         llm = puna.load(
             self.name,
@@ -47,6 +49,8 @@ class ModelChoice:
             cache_dir=self.cache_dir,
             engine=engine,
         )
-        for note in llm.notes:
+        if llm.device.type == "cpu" and must_compile():
+            say("Compiling kernels for this processor: about ten seconds, once.")
+        for note in (*llm.notes, *llm.engine.notes):
             say(f"note: {note}")
         return llm
