@@ -119,7 +119,7 @@ def _typical(
     floor = _floor(scaled, peaks, weights, states, head)[:, None]  # (R, 1)
     left = torch.where(scaled >= floor, weights.double(), 0.0).cpu()  # (R, V)
     setting = torch.tensor([state.params.typical_p for state in states], dtype=torch.float64)
-    block, inside = _inverse(in_blocks(typical_p(left, setting), 0.0), states)
+    block, inside = _inverse(in_blocks(typical_p(scaled.cpu(), left, setting), 0.0), states)
     return (block * BLOCK + inside)[:, 0].tolist()
 
 

@@ -101,15 +101,16 @@ def min_p(scaled: Tensor, weights: Tensor, floor: Tensor, share: Tensor) -> Tens
     return torch.maximum(floor, share.log().to(floor))  # the largest scaled logit is 0
 
 
-def typical_p(weights: Tensor, p: Tensor) -> Tensor:
+def typical_p(scaled: Tensor, weights: Tensor, p: Tensor) -> Tensor:
     """Keep tokens whose surprise is nearest to the expected, as few as reach p together (arXiv 2202.00666).
 
-    Those as near as the last of them stay too; 1 keeps all. Weights (R, V) in float64, p (R,).
+    Those as near as the last of them stay too; 1 keeps all. Weights (R, V) in float64, 0 where rules before
+    dropped a token; p (R,). A surprise is a scaled logit's negative and a constant: so it is measured.
     """
     probabilities = weights / weights.cumsum(dim=-1)[:, -1:]  # a running sum is the same in any company
-    surprise = -probabilities.clamp(min=torch.finfo(torch.float64).tiny).log()
-    expected = (probabilities * surprise).cumsum(dim=-1)[:, -1:]  # (R, 1)
-    distance = (surprise - expected).abs().where(probabilities > 0, torch.inf)  # (R, V)
+    left = probabilities > 0
+    expected = (probabilities * scaled.double()).where(left, 0.0).cumsum(dim=-1)[:, -1:]  # (R, 1)
+    distance = (scaled.double() - expected).abs().where(left, torch.inf)  # (R, V)
     ordered, ids = distance.sort(dim=-1, stable=True)
     reached = probabilities.gather(1, ids).cumsum(dim=-1)
     short = (reached < p[:, None]).sum(dim=-1).clamp(max=weights.shape[-1] - 1)  # (R,)
@@ -148,9 +149,9 @@ class Narrowing:
 
 @dataclass(frozen=True)
 class Choosing:
-    """`apply(weights (R, V), setting (R,)) -> (R, V)`: weights, those of dropped tokens 0."""
+    """`apply(scaled (R, V), weights (R, V), setting (R,)) -> (R, V)`: weights, those of dropped tokens 0."""
 
-    apply: Callable[[Tensor, Tensor], Tensor]
+    apply: Callable[[Tensor, Tensor, Tensor], Tensor]
     neutral: float
 
 

@@ -1,5 +1,8 @@
 """From logits to tokens: every request by its own rules; and the log-probabilities of tokens.
 
+On a CPU a compiled kernel does it (`kernels/choosing.cpp`); what it does stands here, in `draw.py` and in
+`rules.py` in plain torch, for other devices and where nothing can be compiled.
+
 B batch   R rows of it   V vocabulary
 """
 
@@ -16,17 +19,18 @@ from puna.engine.params import SamplingParams, TokenLogprobs
 from puna.engine.rules import EDITS, ORDER
 from puna.engine.state import Choice, SamplingState
 from puna.errors import ModelError
+from puna.kernels.choosing import NOT_FINITE, Asked, Chooser, chooser_on
 
 __all__ = [
     "ORDER", "Choice", "SamplingParams", "SamplingState", "TokenLogprobs", "choose", "logprobs",
 ]  # fmt: skip
 
 
-NOT_FINITE = (
+DAMAGED = (
     "the model's logits are not finite: its weights are damaged, or too large for float16; "
     "load it with dtype='float32' or 'bfloat16'"
 )
-NO_TOKEN = (
+IMPOSSIBLE = (
     "no token is left to choose: the model holds all that the constraint allows impossible; "
     "loosen the constraint"
 )
@@ -38,17 +42,54 @@ def choose(logits: Tensor, states: Items[SamplingState]) -> list[Choice | ModelE
     States are not changed: `note` is for the caller. A row that allows no choice, since its logits are not
     finite or its rules leave nothing, gets an error, and the others their tokens.
     """
+    chooser = chooser_on(logits.device)
+    if chooser is not None and logits.numel():
+        return _compiled(chooser, logits.detach(), states)
+    return _plain(logits, states)
+
+
+def _compiled(chooser: Chooser, logits: Tensor, states: Items[SamplingState]) -> list[Choice | ModelError]:
+    """The choices by the compiled kernel; only rows that a rule for single ids asks for are copied."""
+    rows = [row for row, state in enumerate(states) if any(rule.asked(state) for rule in EDITS.values())]
+    changed = None
+    if rows:
+        wide = rows_of(logits, rows).to(torch.promote_types(logits.dtype, torch.float32))
+        changed = _edited(wide, [states[row] for row in rows])
+    places = {row: place for place, row in enumerate(rows)}
+    found = chooser(logits, changed, places, [_asked(state) for state in states])
+    choices: list[Choice | ModelError] = []
+    for (fault, token, logprob, top), state in zip(found, states, strict=True):
+        if fault:
+            choices.append(ModelError(DAMAGED if fault == NOT_FINITE else IMPOSSIBLE))
+        elif not state.scored:
+            choices.append(Choice(token))
+        else:
+            told = None if state.params.logprobs is None else TokenLogprobs(token, logprob, top)
+            choices.append(Choice(token, logprob, told))
+    return choices
+
+
+def _asked(state: SamplingState) -> Asked:
+    params = state.params
+    return Asked(
+        state.uniform, params.temperature, params.top_p, params.min_p, params.typical_p, params.top_k,
+        params.logprobs or 0 if state.scored else -1,
+    )  # fmt: skip
+
+
+def _plain(logits: Tensor, states: Items[SamplingState]) -> list[Choice | ModelError]:
+    """The choices by plain torch."""
     wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
     peaks = in_blocks(wide, -torch.inf).amax(dim=-1)  # (B, V / BLOCK)
     largest = peaks.amax(dim=-1).tolist()  # NaN where any logit is
     if not all(map(math.isfinite, largest)):
-        return _around_faults(logits, states, largest, NOT_FINITE)
+        return _around_faults(logits, states, largest, DAMAGED)
     edited = _edited(wide, states)
     if edited is not wide:
         peaks = in_blocks(edited, -torch.inf).amax(dim=-1)
         largest = peaks.amax(dim=-1).tolist()
         if not all(map(math.isfinite, largest)):
-            return _around_faults(logits, states, largest, NO_TOKEN)
+            return _around_faults(logits, states, largest, IMPOSSIBLE)
     return _with_logprobs(wide, _tokens(edited, peaks, states), states)
 
 
@@ -57,6 +98,12 @@ def logprobs(logits: Tensor, tokens: Items[int], top: Items[int]) -> list[TokenL
 
     Of tokens equally likely the lower id comes first.
     """
+    chooser = chooser_on(logits.device)
+    if chooser is not None and logits.numel():
+        asked = [Asked(token=token, top=count) for token, count in zip(tokens, top, strict=True)]
+        found = chooser(logits.detach(), None, {}, asked)
+        if not any(row.fault for row in found):
+            return [TokenLogprobs(row.token, row.logprob, row.top) for row in found]
     wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
     values = wide.log_softmax(dim=-1)  # (R, V)
     chosen = values.gather(1, torch.tensor(tokens, device=values.device).long()[:, None])[:, 0].tolist()
@@ -72,7 +119,7 @@ def _around_faults(
     """Choices of the rows whose largest logit is finite, and errors in the places of the others."""
     choices: list[Choice | ModelError] = [ModelError(fault) for _ in states]
     sound = [row for row, value in enumerate(largest) if math.isfinite(value)]
-    found = choose(rows_of(logits, sound), [states[row] for row in sound]) if sound else []
+    found = _plain(rows_of(logits, sound), [states[row] for row in sound]) if sound else []
     for row, choice in zip(sound, found, strict=True):
         choices[row] = choice
     return choices

@@ -19,6 +19,7 @@ from puna.tokenizer.tokenizer import Tokenizer
 Message = Mapping[str, Any]
 """{"role": ..., "content": ...}, and what else the template knows."""
 
+DEEPEST = 64  # levels of values within values: far more than any conversation has
 _PRIVATE_USE = range(0xE000, 0xF900)  # where stand-ins are chosen among characters that occur nowhere
 
 _LLAMA2 = """\
@@ -167,6 +168,7 @@ def _render(
 ) -> tuple[str, dict[int, str]]:
     """The template's text with stand-ins in it, and what each of them stands for."""
     source = _source(tokenizer, template)
+    _check_depth([list(messages), dict(variables)])
     given = [*_strings([list(messages), dict(variables)])]
     stand_ins = _stand_ins(tokenizer, "".join([source, *given, *tokenizer.specials]))
     names: dict[int | None, str] = {index: name for name, index in tokenizer.specials.items()}
@@ -252,6 +254,19 @@ def _guard_text(text: str, tokenizer: Tokenizer, stand_ins: Mapping[str, str]) -
         pieces += [text[at:start], stand_ins[text[start]]]
         at = start + 1
     return "".join([*pieces, text[at:]])
+
+
+def _check_depth(value: Any) -> None:
+    """Templates and what walks through values would otherwise run into Python's own limit."""
+    layer, depth = [value], 0
+    while layer:
+        depth += 1
+        if depth > DEEPEST:
+            raise TokenizerError(
+                f"a conversation may hold values {DEEPEST} levels deep, and this one goes deeper; flatten it"
+            )
+        inner = [item for item in layer if isinstance(item, Mapping | list | tuple)]
+        layer = [x for item in inner for x in (item.values() if isinstance(item, Mapping) else item)]
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,11 +11,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puna.engine import draw, rules
+from puna.engine import draw, rules, sampling
 from puna.engine.sampling import ORDER, SamplingParams, SamplingState, TokenLogprobs, choose, logprobs
 from puna.engine.state import Choice
 from puna.errors import ModelError, SettingsError
+from puna.kernels.library import load
 from puna.settings import parse
+
+needs_compiler = pytest.mark.skipif(load("choosing").functions is None, reason=load("choosing").fault)
+
+
+@pytest.fixture(
+    scope="module", autouse=True, params=[pytest.param("compiled", marks=needs_compiler), "plain"]
+)
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Everything holds for the compiled kernel and for plain torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "plain":
+            patch.setattr(sampling, "chooser_on", lambda device: None)
+        yield request.param
 
 
 class Allowing:
@@ -421,9 +435,11 @@ def test_a_row_chooses_the_same_alone_and_in_company(
 
 @pytest.mark.parametrize("V", [333, 33_001])
 def test_every_number_on_the_way_is_the_same_alone_and_in_any_batch(
-    V: int, monkeypatch: pytest.MonkeyPatch
+    V: int, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not only the token: the sums it is drawn from, to the last bit, for each way of drawing."""
+    if path == "compiled":
+        pytest.skip("the kernel's are compared in tests/kernels/test_choosing.py")
     seen: list[list[torch.Tensor]] = []
     hit = draw._hit
     monkeypatch.setattr(draw, "_hit", lambda *given: seen.append(list(given)) or hit(*given))

@@ -382,3 +382,12 @@ def test_whole_conversations_with_llama2(assets: Path) -> None:
     second = f"[INST] {SPELLING[3]['content']} [/INST]"
     assert render(ours, SPELLING, "llama2") == GOLDEN_LLAMA2
     assert [1, *library.encode(first), 2, 1, *library.encode(second)] == GOLDEN_LLAMA2
+
+
+@pytest.mark.parametrize("levels", [100, 600, 100_000])
+def test_a_conversation_nested_without_end_is_one_line(levels: int, small: Tokenizer) -> None:
+    value: object = "x"
+    for _ in range(levels):
+        value = [value]
+    with pytest.raises(TokenizerError, match="levels deep"):
+        render(small, [{"role": "user", "content": "x", "extra": value}], "llama2")
