@@ -66,7 +66,8 @@ class Chooser(Protocol):
         """What was found of each row.
 
         `changed` (E, V), in float32, or float64 for logits of it, holds rows that rules have changed;
-        `places` says which. `weights` (B, V), in float64, is for tests: it is told what tokens are drawn with.
+        `places` says which. `weights` (B, V), in float64, is for tests: what tokens are drawn
+        with is written there.
         """
         ...
 

@@ -13,6 +13,7 @@ import torch
 
 import puna
 from puna import cli
+from puna.cli import printing
 from puna.engine.llm import LLM
 from puna.errors import InputError, ResourceError, SettingsError
 from puna.model.presets import PRESETS
@@ -138,7 +139,7 @@ def test_a_terminal_that_cannot_show_a_sign(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys, "argv", ["puna", "--version"])
     with pytest.raises(SystemExit):
         cli.main()
-    cli._write("8 × 64 \udcff")
+    printing.write("8 × 64 \udcff")
     assert shown.getvalue().endswith(b"8 \\xd7 64 \\udcff")
 
 
