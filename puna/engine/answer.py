@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 
 from puna.engine.params import SamplingParams
@@ -26,11 +25,11 @@ class Request:
 
 
 class Track:
-    """One of an answer's sequences, how it is sampled, and the text that nobody has taken yet."""
+    """One of an answer's sequences, how it is sampled, and its text, piece by piece."""
 
     def __init__(self, sequence: Sequence, state: SamplingState, answer: Answer) -> None:
         self.sequence, self.state, self.answer = sequence, state, answer
-        self.pieces: deque[str] = deque()
+        self.pieces: list[str] = []
 
 
 class Answer:

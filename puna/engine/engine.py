@@ -187,7 +187,8 @@ class Engine:
         self._siblings.pop(answer.tracks[0].sequence, None)
         for track in answer.tracks:
             if track.sequence.finish_reason is None:
-                track.pieces.append(track.sequence.cancel())
+                if piece := track.sequence.cancel():
+                    track.pieces.append(piece)
                 self._drop(track)
 
     def _track(self, answer: Answer, index: int) -> Track:

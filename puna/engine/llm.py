@@ -70,6 +70,11 @@ class LLM:
         known = () if tokenizer is None else tokenizer.end_ids
         self.end_ids = tuple(known if end_ids is None else end_ids)
 
+    def __repr__(self) -> str:
+        weight = self.model.model.embed_tokens.weight
+        kind = str(weight.dtype).removeprefix("torch.")
+        return f"<LLM {self.source or 'in memory'}: {kind} on {weight.device}, context {self.context:,}>"
+
     @property
     def config(self) -> ModelConfig:
         """The model's shape."""
@@ -148,8 +153,7 @@ class LLM:
         return (
             (number, _completion_or_error(outcome))
             for number, outcome in self._served(
-                (number, self._request_or_error(prompt, sampling, template))
-                for number, (prompt, sampling) in enumerate(requests)
+                (number, self._request_or_error(asked, template)) for number, asked in enumerate(requests)
             )
         )
 
@@ -200,10 +204,9 @@ class LLM:
             overwrite=overwrite,
         )
 
-    def _request_or_error(
-        self, prompt: Prompt | Messages, sampling: Mapping[str, Any], template: str | None
-    ) -> Request | PunaError:
+    def _request_or_error(self, asked: Any, template: str | None) -> Request | PunaError:
         try:
+            prompt, sampling = _pair(asked)
             if _is_conversation(prompt):
                 return self._conversation(prompt, template, sampling)
             return self._prompted(prompt, parse(SamplingParams, sampling, "sampling"), specials=False)
@@ -384,6 +387,16 @@ def _completion_or_error(outcome: Answer | PunaError) -> Completion | PunaError:
     if isinstance(outcome.error, PunaError):
         return outcome.error
     return completion(outcome)
+
+
+def _pair(asked: Any) -> tuple[Any, Mapping[str, Any]]:
+    """A prompt and its settings, as `completions` takes them."""
+    if not isinstance(asked, tuple) or len(asked) != 2 or not isinstance(asked[1], Mapping):
+        raise InputError(
+            f"a request must be a pair of a prompt and its sampling settings, such as ('Once', {{}}), got "
+            f"{asked!r:.60}"
+        )
+    return asked
 
 
 def _is_conversation(prompt: Any) -> TypeGuard[Messages]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from puna.engine.answer import Answer
+from puna.engine.completion import Completion, completion
 from puna.engine.engine import Engine
 from puna.engine.sequence import FinishReason
 
@@ -18,7 +19,7 @@ class Stream(Iterator[str]):
     def __init__(self, engine: Engine, answer: Answer) -> None:
         """`answer` is of one sequence."""
         self._engine, self._answer = engine, answer
-        self._stopped = False
+        self._given, self._stopped = 0, False
 
     def __next__(self) -> str:
         """The next piece, never empty.
@@ -27,13 +28,23 @@ class Stream(Iterator[str]):
             Exception: what ended the answer, where something did.
         """
         (track,) = self._answer.tracks
-        while not track.pieces and not self._answer.finished and not self._stopped:
+        while self._given == len(track.pieces) and not self._answer.finished and not self._stopped:
             self._engine.step()
         if self._answer.error is not None:
             raise self._answer.error
-        if not track.pieces:
+        if self._given == len(track.pieces):
             raise StopIteration
-        return track.pieces.popleft()
+        self._given += 1
+        return track.pieces[self._given - 1]
+
+    def completion(self) -> Completion:
+        """The whole answer, as `generate` gives it; what is not computed yet is given up.
+
+        Raises:
+            Exception: what ended the answer, where something did.
+        """
+        self.close()
+        return completion(self._answer)
 
     @property
     def tokens(self) -> int:
