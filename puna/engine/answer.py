@@ -38,7 +38,7 @@ class Answer:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.tracks: list[Track] = []
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         """Why it could not be answered; its sequences are given up."""
 
     @property

@@ -36,6 +36,7 @@ from puna.model.llama import Llama
 from puna.progress import quantity
 from puna.tokenizer.tokenizer import Tokenizer
 
+INTERRUPTIONS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 ROWS = 512  # that steps of fewer rows are held against, so that step_tokens changes no bit
 PROMPT_ROWS = 64  # prompt tokens whose log-probabilities are formed at once: logits are V numbers each
 CACHE_SHARE = {"cpu": 0.25, "cuda": 0.5}  # of the free memory; other devices use the CPU's
@@ -129,7 +130,7 @@ class Engine:
         with self._compiling:  # not the other lock: a large schema must not hold up the answers of others
             answer.tracks = [self._track(answer, index) for index in range(params.best_of or params.n)]
         first, *others = answer.tracks
-        with self._lock:
+        with self._lock, self._books():
             self._scheduler.add(first.sequence)
             # They begin when the prompt is computed, and find its blocks.
             self._siblings[first.sequence] = others
@@ -144,13 +145,13 @@ class Engine:
         with self._lock:
             if self.broken:
                 raise RuntimeError("this engine was interrupted while it kept its books; make a new one")
-            self._stepping = self.broken = True
+            self._stepping = True
             try:
                 return self._step()
             finally:
                 self._stepping = False
                 while self._given_up and not self.broken:
-                    self._cancel(self._given_up.pop())
+                    self.cancel(self._given_up.pop())
 
     def cancel(self, answer: Answer) -> None:
         """Give up what is not finished of an answer, at once; it ends with "cancelled"."""
@@ -158,30 +159,50 @@ class Engine:
             if self._stepping:  # a stream that was collected in the middle of a step, by this very thread
                 self._given_up.append(answer)
             elif not self.broken:
-                self._cancel(answer)
+                with self._books():
+                    self._cancel(answer)
 
     def forget(self) -> None:
         """Share nothing with what was computed before: the weights have changed."""
-        with self._lock:
+        with self._lock, self._books():
             self._pool.forget()
 
     def _step(self) -> bool:
         began = time.perf_counter()
-        parts = self._scheduler.plan()
+        with self._books():
+            parts = self._scheduler.plan()
         planned = time.perf_counter()
-        self.broken = False  # an interruption of the model's pass changes nothing: it is computed again
-        choices, computed = self._compute(parts) if parts else ([], planned)
+        if not parts:
+            return False
+        # An interruption of the model's pass changes nothing: what was planned is planned again.
+        try:
+            choices, computed = self._chosen(parts)
+        except INTERRUPTIONS:
+            raise
+        except BaseException as error:  # a library's panic is no Exception
+            with self._books():
+                for answer in [self._tracks[part.sequence].answer for part in parts]:
+                    self._fail(answer, error)
+            return True
         chosen = time.perf_counter()
-        self.broken = True
-        if choices is not None:
+        with self._books():
             self._scheduler.done(parts)
             self._release_siblings(parts)
             self._advance(parts, choices)
-        self.broken = False
         ended = time.perf_counter()
-        if parts:
-            self._note(parts, planned - began, computed - planned, chosen - computed, ended - chosen)
-        return bool(parts)
+        self._note(parts, planned - began, computed - planned, chosen - computed, ended - chosen)
+        return True
+
+    @contextmanager
+    def _books(self) -> Iterator[None]:
+        """Around what must happen whole: an interruption (Ctrl-C) in the middle leaves the engine broken."""
+        self.broken = True
+        try:
+            yield
+        except Exception:
+            self.broken = False
+            raise
+        self.broken = False
 
     def _cancel(self, answer: Answer) -> None:
         self._siblings.pop(answer.tracks[0].sequence, None)
@@ -221,19 +242,8 @@ class Engine:
         beyond = sequence.longest > self._model.config.max_position_embeddings
         return sequence.longest if by_length and beyond else None
 
-    def _compute(self, parts: list[Part]) -> tuple[list[Choice | ModelError] | None, float]:
-        """What each sampled part's sequence goes on with, and when the logits were there.
-
-        None where it failed, whatever the reason: the parts' answers end with it, and the engine goes on.
-        """
-        try:
-            return self._chosen(parts)
-        except Exception as error:
-            for answer in [self._tracks[part.sequence].answer for part in parts]:
-                self._fail(answer, error)
-            return None, time.perf_counter()
-
     def _chosen(self, parts: list[Part]) -> tuple[list[Choice | ModelError], float]:
+        """What each sampled part's sequence goes on with, and when the logits were there."""
         with _generating(self._modules):
             hidden = self._hidden(parts)  # (M, D)
             ends = _ends(parts)
@@ -293,7 +303,9 @@ class Engine:
                 continue
             try:
                 self._push(track, choice)
-            except Exception as error:
+            except INTERRUPTIONS:
+                raise
+            except BaseException as error:
                 self._fail(track.answer, error)
 
     def _push(self, track: Track, choice: Choice) -> None:
@@ -320,7 +332,7 @@ class Engine:
                 self._tracks[track.sequence] = track
                 self._scheduler.add(track.sequence)
 
-    def _fail(self, answer: Answer, error: Exception) -> None:
+    def _fail(self, answer: Answer, error: BaseException) -> None:
         if answer.error is None:
             answer.error = error
             self._cancel(answer)

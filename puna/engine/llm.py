@@ -231,6 +231,8 @@ class LLM:
         self._check_ids("token id", ids)
         self._check_ids("stop_ids:", params.stop_ids)
         self._check_ids("logit_bias:", params.logit_bias)
+        if self.context < 2:
+            raise InputError("this model's context is one token: there is no room for a prompt and an answer")
         if len(ids) >= self.context and params.overflow == "refuse":
             raise InputError(
                 f"the prompt has {len(ids)} tokens; this model takes {self.context}, the answer included; "
@@ -386,6 +388,8 @@ def _completion_or_error(outcome: Answer | PunaError) -> Completion | PunaError:
         return outcome
     if isinstance(outcome.error, PunaError):
         return outcome.error
+    if outcome.error is not None:  # a fault of ours, which must not end the answers of others
+        return PunaError(f"the engine failed: {type(outcome.error).__name__}: {outcome.error}")
     return completion(outcome)
 
 

@@ -21,9 +21,9 @@ class EngineSettings(Settings):
     `max_running` sequences can use. Main memory is taken as it is used."""
     cache_dtype: Literal["auto", "int8"] = "auto"
     """auto: the model's own type; int8: each key and value of a head in eight bits and a scale."""
-    step_tokens: int = Field(512, ge=1)
+    step_tokens: int = Field(512, ge=1, le=32_768)
     """Rows of one pass, at most: longer prompts are computed in chunks, between the steps of the others."""
-    max_running: int = Field(64, ge=1)
+    max_running: int = Field(64, ge=1, le=4096)
     """Sequences that are computed together, at most; the others wait."""
     prefix_sharing: bool = True
     """Prompts that begin alike share keys and values."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -45,37 +46,47 @@ def must_compile() -> bool:
     """Whether a kernel of this package is yet to be compiled for this processor, which takes a while."""
     compiler, directory = default_compiler(), cache_directory()
     sources = Path(__file__).parent.glob("*.cpp")
-    return not missing(compiler) and not all(_intact(_place(x, compiler, directory)) for x in sources)
+    try:
+        if missing(compiler):
+            return False
+        return directory is None or not all(_intact(_place(x, compiler, directory)) for x in sources)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return False
 
 
-def cache_directory() -> Path:
-    """`$XDG_CACHE_HOME/puna/kernels`, or the same in `~/.cache`."""
+def cache_directory() -> Path | None:
+    """`$XDG_CACHE_HOME/puna/kernels`, or the same in `~/.cache`; None for a user without a home."""
     named = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(named) if Path(named).is_absolute() else Path("~/.cache").expanduser()
+    try:
+        base = Path(named) if Path(named).is_absolute() else Path("~/.cache").expanduser()
+    except RuntimeError:
+        return None
     return base / "puna" / "kernels"
 
 
-def compiled(source: Path, compiler: str, directory: Path) -> Library:
+def compiled(source: Path, compiler: str, directory: Path | None) -> Library:
     """A source's library from `directory`, or built and put there.
 
     Where the directory cannot be used, or others could put their code into it, the library is built anew in
     every process.
     """
-    if fault := missing(compiler):
-        return Library(None, fault)
     begun = time.perf_counter()
     try:
-        kept = _place(source, compiler, directory) if _private(directory) else None
-        if kept is not None and _intact(kept):
-            return Library(ctypes.CDLL(str(kept)))
+        if fault := missing(compiler):
+            return Library(None, fault)
+        kept = _place(source, compiler, directory) if directory and _private(directory) else None
+        if kept is not None and (known := _loaded(kept)):
+            return Library(known)
         with tempfile.TemporaryDirectory(prefix="puna-kernels-", dir=kept and directory) as name:
             fresh = Path(name, f"{source.stem}.so")
             if fault := build(compiler, source, fresh, _flags(), SECONDS):
                 return Library(None, fault)
-            if kept is not None:
-                _keep(fresh, kept)
-            return Library(ctypes.CDLL(str(kept or fresh)), seconds=time.perf_counter() - begun)
-    except OSError as error:
+            functions = ctypes.CDLL(str(fresh))
+            if kept is not None:  # what does not load is not kept; what cannot be kept will do for now
+                with contextlib.suppress(OSError):
+                    _keep(fresh, kept)
+        return Library(functions, seconds=time.perf_counter() - begun)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         return Library(None, f"the compiled {source.name} cannot be used: {error}")
 
 
@@ -136,6 +147,13 @@ def _private(directory: Path) -> bool:
         return os.access(directory, os.W_OK)
     except OSError:
         return False
+
+
+def _loaded(kept: Path) -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(str(kept)) if _intact(kept) else None
+    except OSError:
+        return None
 
 
 def _intact(library: Path) -> bool:

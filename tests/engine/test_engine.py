@@ -14,8 +14,9 @@ from puna.engine.engine import Engine
 from puna.engine.llm import LLM, Request
 from puna.engine.sampling import SamplingParams
 from puna.engine.settings import EngineSettings
-from puna.errors import InputError, ModelError, ResourceError, SettingsError
+from puna.errors import InputError, ModelError, PunaError, ResourceError, SettingsError
 from puna.kernels.pages import BLOCK
+from puna.model.config import ModelConfig
 from puna.model.llama import Llama
 from puna.settings import parse
 from puna.tokenizer.tokenizer import Tokenizer
@@ -120,14 +121,18 @@ def test_what_fails_ends_with_its_error_and_harms_no_other(llm: LLM, monkeypatch
 def test_logits_that_are_not_finite_end_one_answer(llm: LLM) -> None:
     with torch.no_grad():
         llm.model.model.embed_tokens.weight[9] = torch.nan
-    outcomes = dict(llm.completions([(PROMPT, {"max_new_tokens": 3}), ([5, 6], {"max_new_tokens": 3})]))
+    outcomes = dict(
+        llm.completions(
+            [(PROMPT, {"max_new_tokens": 3}), ([5, 6], {"max_new_tokens": 3, "ignore_eos": True})]
+        )
+    )
     assert isinstance(outcomes[0], ModelError)
     assert len(outcomes[1].tokens) == 3
 
 
 def test_requests_at_fault_harm_no_other(llm: LLM) -> None:
     asked = [
-        ("def", {"max_new_tokens": 3}),
+        ("def", {"max_new_tokens": 3, "ignore_eos": True}),
         ("def", {"temperature": -1.0}),
         ([], {}),
         ("x" * 500, {}),
@@ -137,7 +142,7 @@ def test_requests_at_fault_harm_no_other(llm: LLM) -> None:
         ("x", {"typo": 1}),
         "bc",
         ("x",),
-        ("def", {"max_new_tokens": 4}),
+        ("def", {"max_new_tokens": 4, "ignore_eos": True}),
     ]
     outcomes = dict(llm.completions(asked))
     assert all(isinstance(outcomes[at], InputError) for at in range(1, len(asked) - 1))
@@ -157,17 +162,54 @@ def test_requests_are_taken_as_fast_as_they_are_answered(model: Llama) -> None:
     assert len(taken) <= 20
 
 
-def test_an_interrupted_call_leaves_the_engine_as_it_should_be(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("place", ["_hidden", "add", "done", "finish"])
+def test_an_interruption_anywhere_leaves_a_model_that_answers(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     expected = llm.generate("def", temperature=0.0, max_new_tokens=8)
-    for owner, name in ((llm.engine, "_hidden"), (llm.engine._scheduler, "done")):
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-            with pytest.raises(KeyboardInterrupt):
-                llm.generate(["def", "x"], temperature=0.0, max_new_tokens=8)
-        assert llm.engine.load.running == 0
-        assert llm.generate("def", temperature=0.0, max_new_tokens=8) == expected
+    owner = llm.engine if place == "_hidden" else llm.engine._scheduler
+    work = getattr(owner, place)
+
+    def interrupted(*arguments: Any) -> None:
+        work(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, place, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["def", "x"], temperature=0.0, max_new_tokens=8)
+    assert llm.engine.load.running == 0
+    assert llm.generate("def", temperature=0.0, max_new_tokens=8) == expected
+
+
+@pytest.mark.parametrize("fault", [RuntimeError, type("Panic", (BaseException,), {})])
+def test_a_fault_of_ours_ends_one_request(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, fault: type[BaseException]
+) -> None:
+    from puna.engine.sequence import Sequence
+
+    push = Sequence.push
+
+    def faulty(self: Sequence, *arguments: Any) -> str:
+        if self.prompt[-1] == 7:
+            raise fault("a fault")
+        return push(self, *arguments)
+
+    monkeypatch.setattr(Sequence, "push", faulty)
+    wanted = {"max_new_tokens": 3, "ignore_eos": True}
+    asked = [([5, 6], wanted), ([5, 7], wanted), ([5, 8], wanted)]
+    outcomes = dict(llm.completions(asked))
+    assert "a fault" in str(outcomes[1])
+    assert type(outcomes[1]) is PunaError
+    assert [len(outcomes[at].tokens) for at in (0, 2)] == [3, 3]
+    assert (llm.engine.load.running, llm.engine._tracks) == (0, {})
+
+
+@pytest.mark.parametrize("overflow", ["refuse", "truncate", "slide"])
+def test_a_context_of_one_token_has_no_room(config: ModelConfig, overflow: str) -> None:
+    tiny = LLM(model_of(config.model_copy(update={"max_position_embeddings": 1})))
+    with pytest.raises(InputError, match="one token"):
+        tiny.generate([5], overflow=overflow)
 
 
 def test_several_threads_may_ask_at_once(llm: LLM) -> None:

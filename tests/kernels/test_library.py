@@ -129,3 +129,34 @@ def test_threads_come_from_the_runtime_that_torch_uses() -> None:
     (home,) = (name for low, high, name in spans if low <= address < high)
     assert "omp" in Path(home).name
     assert "torch" in Path(home).parts or os.path.realpath(home).startswith(("/usr", "/lib"))
+
+
+@needs_compiler
+def test_what_does_not_load_is_not_kept(source: Path, tmp_path: Path) -> None:
+    liar = tmp_path / "liar"
+    liar.write_text(
+        '#!/bin/sh\nwhile [ "$1" != -o ] && [ $# -gt 0 ]; do shift; done\necho junk > "${2:-/dev/null}"\n'
+    )
+    liar.chmod(0o755)
+    library = compiled(source, str(liar), tmp_path / "kept")
+    assert library.functions is None and "cannot be used" in library.fault
+    assert "\n" not in library.fault
+    assert not list((tmp_path / "kept").iterdir())
+
+
+@pytest.mark.parametrize("compiler", ['g++ "', "", "no-such-compiler --fast"])
+def test_a_compiler_that_is_none_is_one_line(source: Path, tmp_path: Path, compiler: str) -> None:
+    library = compiled(source, compiler, tmp_path / "kept")
+    assert library.functions is None
+    assert library.fault and "\n" not in library.fault
+
+
+@needs_compiler
+def test_a_user_without_a_home(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(self: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    assert cache_directory() is None
+    assert answer(compiled(source, default_compiler(), None)) == 42
