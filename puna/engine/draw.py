@@ -1,4 +1,4 @@
-"""One draw per row, from what scaling and narrowing leave of its logits.
+"""One draw per row in plain torch, from what scaling and narrowing leave of its logits.
 
 A draw takes one uniform number and inverts the cumulative distribution. Each token's probability is computed
 in float32, and so is exact to some 1e-7 of itself however small it is; they are added up by blocks of BLOCK

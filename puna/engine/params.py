@@ -68,7 +68,7 @@ class SamplingParams(Settings):
     grammar: str | None = Field(None, min_length=1)
     """The whole answer is a sentence of this grammar, in llguidance's Lark notation."""
     choice: tuple[str, ...] = ()
-    """The whole answer is one of these texts."""
+    """The whole answer is one of these texts. One may be given bare."""
     overflow: Literal["refuse", "truncate", "slide"] = "refuse"
     """Where the context is too short: refuse the prompt and end the answer; drop the oldest prompt tokens;
     or let the context slide along the answer."""
@@ -100,7 +100,7 @@ class SamplingParams(Settings):
     def _choice_texts(cls, value: Any) -> Any:
         if isinstance(value, list) and not value:
             raise ValueError("expected at least one text to choose, got []; leave it out to choose freely")
-        return () if value is None else _texts(value)
+        return () if value is None else _texts((value,) if isinstance(value, str) else value)
 
     @field_serializer("choice", when_used="json")
     def _choice_or_none(self, value: tuple[str, ...]) -> list[str] | None:

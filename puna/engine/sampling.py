@@ -26,6 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+MANY = 2**31  # tokens; no vocabulary has as many
 DAMAGED = (
     "the model's logits are not finite: its weights are damaged, or too large for float16; "
     "load it with dtype='float32' or 'bfloat16'"
@@ -50,15 +51,16 @@ def choose(logits: Tensor, states: Items[SamplingState]) -> list[Choice | ModelE
 
 def _compiled(chooser: Chooser, logits: Tensor, states: Items[SamplingState]) -> list[Choice | ModelError]:
     """The choices by the compiled kernel; only rows that a rule for single ids asks for are copied."""
-    rows = [row for row, state in enumerate(states) if any(rule.asked(state) for rule in EDITS.values())]
+    rows = [row for row, state in enumerate(states) if _changes(state)]
     changed = None
     if rows:
-        wide = rows_of(logits, rows).to(torch.promote_types(logits.dtype, torch.float32))
-        changed = _edited(wide, [states[row] for row in rows])
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        changed = rows_of(logits, rows).to(wide, copy=True, memory_format=torch.contiguous_format)
+        _edit(changed, [states[row] for row in rows])
     places = {row: place for place, row in enumerate(rows)}
     found = chooser(logits, changed, places, [_asked(state) for state in states])
     choices: list[Choice | ModelError] = []
-    for (fault, token, logprob, top), state in zip(found, states, strict=True):
+    for (token, fault, logprob, top), state in zip(found, states, strict=True):
         if fault:
             choices.append(ModelError(DAMAGED if fault == NOT_FINITE else IMPOSSIBLE))
         elif not state.scored:
@@ -69,11 +71,19 @@ def _compiled(chooser: Chooser, logits: Tensor, states: Items[SamplingState]) ->
     return choices
 
 
+def _changes(state: SamplingState) -> bool:
+    """Whether a rule for single ids is asked for: a plain loop, since it runs for every token."""
+    for rule in EDITS.values():  # noqa: SIM110
+        if rule.asked(state):
+            return True
+    return False
+
+
 def _asked(state: SamplingState) -> Asked:
     params = state.params
     return Asked(
-        state.uniform, params.temperature, params.top_p, params.min_p, params.typical_p, params.top_k,
-        params.logprobs or 0 if state.scored else -1,
+        state.uniform, params.temperature, params.top_p, params.min_p, params.typical_p,
+        min(params.top_k, MANY), min(params.logprobs or 0, MANY) if state.scored else -1,
     )  # fmt: skip
 
 
@@ -100,7 +110,7 @@ def logprobs(logits: Tensor, tokens: Items[int], top: Items[int]) -> list[TokenL
     """
     chooser = chooser_on(logits.device)
     if chooser is not None and logits.numel():
-        asked = [Asked(token=token, top=count) for token, count in zip(tokens, top, strict=True)]
+        asked = [Asked(token=token, top=min(count, MANY)) for token, count in zip(tokens, top, strict=True)]
         found = chooser(logits.detach(), None, {}, asked)
         if not any(row.fault for row in found):
             return [TokenLogprobs(row.token, row.logprob, row.top) for row in found]
@@ -127,15 +137,19 @@ def _around_faults(
 
 def _edited(logits: Tensor, states: Items[SamplingState]) -> Tensor:
     """Logits after the rules for single ids; the given ones where nobody asks for such a rule."""
-    edited = logits
+    if not any(map(_changes, states)):
+        return logits
+    edited = logits.clone()  # the caller's stay the model's own
+    _edit(edited, states)
+    return edited
+
+
+def _edit(logits: Tensor, states: Items[SamplingState]) -> None:
+    """Apply the rules for single ids in place."""
     for rule in EDITS.values():
         rows = [row for row, state in enumerate(states) if rule.asked(state)]
-        if not rows:
-            continue
-        if edited is logits:
-            edited = logits.clone()  # the caller's stay the model's own
-        rule.apply(edited, torch.tensor(rows, device=logits.device), [states[row] for row in rows])
-    return edited
+        if rows:
+            rule.apply(logits, torch.tensor(rows, device=logits.device), [states[row] for row in rows])
 
 
 def _tokens(logits: Tensor, peaks: Tensor, states: Items[SamplingState]) -> list[int]:

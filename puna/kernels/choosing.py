@@ -46,8 +46,8 @@ class Asked(NamedTuple):
 class Found(NamedTuple):
     """A row's token, or why it has none; log-probabilities by the model's own logits, where asked for."""
 
-    fault: int
     token: int
+    fault: int
     logprob: float
     top: tuple[tuple[int, float], ...]
 
@@ -72,8 +72,8 @@ class Chooser(Protocol):
         ...
 
 
-ROW = Struct("@5Q6d4i")  # as the library has it
-FOUND = Struct("@80xd4xi4xi")  # its log-probability, token and fault
+ROW = Struct("@5Q5d3qqd")  # as the library has it: addresses, what is asked, fault, log-probability
+FOUND = Struct("@80x16xqqd")  # token, fault, log-probability
 
 
 def chooser_on(device: torch.device) -> Chooser | None:
@@ -103,29 +103,35 @@ def _chosen(
     asked: Items[Asked],
     weights: Tensor | None = None,
 ) -> list[Found]:
-    V, size = logits.shape[-1], logits.element_size()
+    V, B = logits.shape[-1], len(asked)
+    most = min(max(0, *(one.top for one in asked)), V)
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
-    most = min(max(0, *(one.top for one in asked)), V)
-    ids, values = array("i", bytes(4 * most * len(asked))), array("d", bytes(8 * most * len(asked)))
+    own, step = logits.data_ptr(), logits.stride(0) * logits.element_size()
+    edited = [0] * B
+    for row, place in places.items():
+        assert changed is not None
+        edited[row] = changed[place].data_ptr()
+    told = [0] * B if weights is None else [row.data_ptr() for row in weights]
+    ids, values = array("i", bytes(4 * most * B)), array("d", bytes(8 * most * B))
     ids_at, values_at = ids.buffer_info()[0], values.buffer_info()[0]
-    own, step = logits.data_ptr(), logits.stride(0) * size
-    rows = bytearray(ROW.size * len(asked))
+    packed = []
     for row, one in enumerate(asked):
-        edited = 0 if changed is None or row not in places else changed[places[row]].data_ptr()
-        told = 0 if weights is None else weights[row].data_ptr()
-        k = one.top_k if one.top_k < V else 0
-        ROW.pack_into(
-            rows, row * ROW.size,
-            own + row * step, edited, ids_at + 4 * most * row, values_at + 8 * most * row, told,
-            *one[:5], 0.0, k, one.token, min(one.top, V), 0,
-        )  # fmt: skip
-    held = (ctypes.c_char * len(rows)).from_buffer(rows)
-    calls[logits.dtype](ctypes.addressof(held), len(asked), V, torch.get_num_threads())
-    found = []
-    for row, (logprob, token, fault) in enumerate(FOUND.iter_unpack(rows)):
-        begin = most * row
-        end = begin + min(asked[row].top, V)
-        top = tuple(zip(ids[begin:end], values[begin:end], strict=True)) if end > begin and not fault else ()
-        found.append(Found(fault, token, logprob, top))
-    return found
+        at = most * row
+        addresses = own + row * step, edited[row], ids_at + 4 * at, values_at + 8 * at, told[row]
+        packed.append(ROW.pack(*addresses, *one, 0, 0.0))
+    rows = array("b", b"".join(packed))
+    calls[logits.dtype](rows.buffer_info()[0], B, V, torch.get_num_threads())
+    found = [Found(token, fault, logprob, ()) for token, fault, logprob in FOUND.iter_unpack(rows)]
+    return _with_top(found, asked, ids, values) if most else found
+
+
+def _with_top(found: list[Found], asked: Items[Asked], ids: array[int], values: array[float]) -> list[Found]:
+    """What was found, with the likeliest tokens of each row from arrays of equal shares."""
+    most = len(ids) // len(found)
+    tops = []
+    for row, (one, wanted) in enumerate(zip(found, asked, strict=True)):
+        count = 0 if one.fault else min(max(0, wanted.top), most)
+        some = slice(most * row, most * row + count)
+        tops.append(one._replace(top=tuple(zip(ids[some], values[some], strict=True))))
+    return tops

@@ -161,6 +161,7 @@ def test_a_huge_temperature_leaves_the_impossible_impossible() -> None:
 def test_top_k_keeps_the_k_likeliest() -> None:
     assert kept([0.1, 0.4, 0.2, 0.3], top_k=2) == near([0, 4 / 7, 0, 3 / 7])
     assert kept([0.1, 0.4, 0.2, 0.3], top_k=9) == near([0.1, 0.4, 0.2, 0.3])
+    assert kept([0.1, 0.4, 0.2, 0.3], top_k=10**30) == near([0.1, 0.4, 0.2, 0.3])
 
 
 def test_top_k_keeps_what_equals_the_last() -> None:

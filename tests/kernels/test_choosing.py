@@ -278,6 +278,17 @@ def test_faults_are_each_rows_own(choose: Chooser) -> None:
     assert found[5].top[0][0] == logits[5].argmax()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_place_is_looked_at(choose: Chooser, dtype: torch.dtype) -> None:
+    V = 1111
+    logits = torch.zeros(V, V, dtype=dtype)
+    for number in (5.0, math.nan, math.inf):
+        found = choose(logits.fill_diagonal_(number), None, {}, [Asked(0.5, at % 2 / 50) for at in range(V)])
+        if number == 5:
+            assert [one.token for one in found] == list(range(V))
+        assert all(one.fault == (0 if number == 5 else NOT_FINITE) for one in found)
+
+
 def test_rows_need_not_lie_side_by_side(choose: Chooser) -> None:
     wide = torch.randn(5, 999, generator=torch.Generator().manual_seed(1))
     asked = [Asked(0.4, 1.0, top_p=0.8, top=3)] * 5
