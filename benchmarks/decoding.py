@@ -72,7 +72,7 @@ def puna(options: argparse.Namespace) -> Run:
     """One engine; the prompts of every task are new to it."""
     from puna.engine.answer import Request
     from puna.engine.engine import Engine
-    from puna.engine.llm import load
+    from puna.engine.loading import load
     from puna.engine.params import SamplingParams
     from puna.engine.settings import EngineSettings
 

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from puna import tokenizer
     from puna.engine.completion import Completion
-    from puna.engine.llm import LLM, load
+    from puna.engine.llm import LLM
+    from puna.engine.loading import load
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Completion", "__version__", "load", "tokenizer"]
 
-_HOMES = {"load": "puna.engine.llm", "LLM": "puna.engine.llm", "Completion": "puna.engine.completion"}
+_HOMES = {"load": "puna.engine.loading", "LLM": "puna.engine.llm", "Completion": "puna.engine.completion"}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from puna import formats
-from puna import tokenizer as tokenizers
-from puna.devices import choose_device, choose_dtype
 from puna.engine.answer import Answer, Request
 from puna.engine.completion import Completion, completion
 from puna.engine.engine import Engine
@@ -27,7 +25,7 @@ from puna.errors import InputError, PunaError
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
 from puna.model.rope import DynamicScaling
-from puna.model.weights import Packed, Weights, load_weights, weights_of
+from puna.model.weights import weights_of
 from puna.settings import parse
 from puna.tokenizer import chat as chats
 from puna.tokenizer.tokenizer import Tokenizer
@@ -298,52 +296,6 @@ class LLM:
         return Stream(engine, engine.submit(request))
 
 
-def load(
-    path: str | Path,
-    dtype: str = "auto",
-    device: str = "auto",
-    quantize: str | None = None,
-    tokenizer: str | Path | Tokenizer | None = None,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    engine: EngineSettings | Mapping[str, Any] | None = None,
-) -> LLM:
-    """Open a model: a directory, a file, a run directory (its best export), or an id on the Hugging Face hub.
-
-    Weights stay in the mapped file where type and device allow it.
-
-    Args:
-        path: where the model is.
-        dtype: float32, bfloat16, float16, float64; auto takes bfloat16 where the hardware multiplies in it.
-        device: auto, cpu, cuda or mps.
-        quantize: must be None; no scheme is available.
-        tokenizer: takes the place of the model's own.
-        revision: of a hub id: a branch, tag or commit.
-        cache_dir: where downloads from the hub are kept; its usual place unless given.
-        engine: memory for answers and how many are made at once: EngineSettings, or its fields.
-
-    Raises:
-        ModelError: it is no model, or a damaged or unsupported one.
-        TokenizerError: its tokenizer is damaged.
-        SettingsError: dtype or device is unknown, or an engine setting is wrong.
-        InputError: `quantize` names a scheme.
-    """
-    if quantize is not None:
-        raise InputError(f"quantize={quantize!r}: no quantization scheme is available; leave it out")
-    serving = engine if isinstance(engine, EngineSettings) else parse(EngineSettings, engine or {}, "engine")
-    target = choose_device(device)
-    kind = choose_dtype(dtype, target)
-    source = formats.open_model(formats.resolve(path, revision=revision, cache_dir=cache_dir))
-    chosen = source.tokenizer() if tokenizer is None else tokenizer
-    if isinstance(chosen, str | Path):
-        chosen = tokenizers.load(chosen)
-    with torch.device("meta"):
-        model = Llama(source.config).to(kind)
-    load_weights(model, _on(target, kind, formats.expanded(source.weights)))
-    ends = source.end_ids if chosen is None else (*source.end_ids, *chosen.end_ids)
-    return LLM(model.eval(), chosen, tuple(dict.fromkeys(ends)), str(path), source.notes, serving)
-
-
 def context_length(config: ModelConfig) -> int:
     """The longest sequence a model takes.
 
@@ -353,16 +305,6 @@ def context_length(config: ModelConfig) -> int:
     scaling = config.rope_scaling
     stretch = scaling.factor if isinstance(scaling, DynamicScaling) else 1
     return int(config.max_position_embeddings * Fraction(stretch))  # exact, however large both are
-
-
-def _on(device: torch.device, dtype: torch.dtype, weights: Weights) -> Weights:
-    """The weights moved to a device, tensor by tensor, so that none is held twice."""
-
-    def moved() -> Iterator[tuple[str, Tensor | Packed]]:
-        for name, tensor in weights:
-            yield name, tensor if isinstance(tensor, Packed) else tensor.to(device, dtype)
-
-    return Weights(weights.config, moved())
 
 
 Structure = tuple[Any, ...]

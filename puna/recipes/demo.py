@@ -114,7 +114,7 @@ def next_commands(run: RunDirectory) -> list[str]:
 
 def _completion(run: RunDirectory) -> str:
     """What the finished model writes; seeded, so that asking again shows the same."""
-    from puna.engine.llm import load
+    from puna.engine.loading import load
 
     llm = load(run.path)
     return llm.generate(PROMPT, max_new_tokens=100, temperature=0.6, top_p=0.9, seed=1).text
