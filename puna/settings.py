@@ -10,6 +10,7 @@ classes, which decide whether a run may be resumed after it changed:
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -155,10 +156,20 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _parse_value(text: str) -> Any:
-    """A TOML value, or the text itself where it is not one, so that `name=demo` needs no quotes."""
+    """A TOML value, or JSON; or the text itself, so that `name=demo` needs no quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
+        return _json_or_text(text)
+
+
+def _json_or_text(text: str) -> Any:
+    """An object or a list as JSON writes it; anything else is text."""
+    if not text.lstrip().startswith(("{", "[")):
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
         return text
 
 
@@ -168,7 +179,8 @@ def _explain(cls: type[Settings], fault: Any) -> str:
     key = ".".join(location) or "settings"
     if fault["type"] == "extra_forbidden":
         names = _field_names(cls, location[:-1])
-        return f"unknown setting {key!r}.{nearest(location[-1], names)}"
+        near = nearest(location[-1], names)
+        return f"unknown setting {key!r}.{near or ' Settings here: ' + ', '.join(names)}"
     if fault["type"] == "missing":
         return f"{key!r} is required"
     message = fault["msg"].removeprefix("Value error, ")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from puna.cli import printing
 
 
 def puna(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
@@ -23,6 +26,70 @@ def test_importing_loads_nothing_heavy(program: str) -> None:
     code = f"{program}; import sys; print(*(m for m in {HEAVY!r} if m in sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [
+        ("raise KeyboardInterrupt", 130),
+        ("os.kill(os.getpid(), signal.SIGINT)", 130),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 143),
+    ],
+)
+def test_a_command_that_is_stopped_says_so(ending: str, code: int) -> None:
+    program = f"""
+import os, signal, sys, typer
+from puna import cli
+from puna.cli import app
+app.app = typer.Typer()
+@app.app.command()
+def end():
+    {ending}
+sys.argv = ["puna"]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (code, "puna: stopped")
+
+
+def test_stopped_while_it_starts_it_says_so_too() -> None:
+    """Ctrl-C while the door itself is imported."""
+    program = "import sys, puna.cli; sys.modules['typer'] = None; puna.cli.main()"
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False).stderr
+    assert "ModuleNotFoundError" in told  # the door is imported inside of main, where Ctrl-C is taken
+    program = """
+import signal, sys, puna.cli
+class Finder:
+    def find_spec(self, *arguments):
+        signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+puna.cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "puna: stopped\n")
+
+
+def test_a_pipe_that_nobody_reads_is_left_in_silence() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "puna", "generate", "--help"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_what_takes_long_is_announced_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(printing, "PATIENCE", 0.05)
+    for terminal, in_time, told in ((True, False, "Loading …\n"), (True, True, ""), (False, False, "")):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        done = printing.announce("Loading …")
+        if in_time:
+            done()
+        time.sleep(0.2)
+        assert capsys.readouterr().err == told
+        done()
 
 
 def test_help_is_quick() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,8 +20,11 @@ from puna.cli.options import (
     Tokenizer,
     given,
 )
-from puna.cli.printing import emit, note, write
+from puna.cli.printing import announce, emit, note, write
 from puna.errors import InputError
+
+if TYPE_CHECKING:
+    from puna.engine.llm import LLM
 
 
 def generate(
@@ -34,7 +37,7 @@ def generate(
         typer.Option(
             help="A file of prompts: JSON lines, each with a prompt (text or ids) or messages, perhaps an id "
             "and sampling settings of its own; or .txt, a prompt in each line. It may be compressed (.gz, "
-            ".zst); - is standard input.",
+            ".zst); - is standard input, in JSON lines.",
             show_default=False,
         ),
     ] = None,
@@ -66,7 +69,8 @@ def generate(
     ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on to the limit.")] = False,
     logprobs: Annotated[
-        int | None, typer.Option(help="With --json or --prompts: log-probabilities of this many tokens.")
+        int | None,
+        typer.Option(help="With --json or --prompts: log-probabilities, of this many likely tokens too."),
     ] = None,
     json_schema: Annotated[
         str | None, typer.Option(help="Answer in JSON that this schema admits: a file, or JSON; true is any.")
@@ -89,6 +93,7 @@ def generate(
 
     Exit code 3: some lines of the file could not be answered; their errors stand among the answers.
     """
+    loading = announce("Loading …")  # libraries, then the model
     from puna.errors import CheckFailed
     from puna.progress import on_stderr
     from puna.recipes.generate import generate as run
@@ -104,16 +109,23 @@ def generate(
         logprobs=logprobs, regex=regex, choice=choice,
     )  # fmt: skip
     options = sampling_options(chosen, change or (), json_schema=json_schema, grammar=grammar)
-    opened = ModelChoice(model, revision, cache_dir, tokenizer)
+    choice_of_model = ModelChoice(model, revision, cache_dir, tokenizer)
+
+    def opened() -> LLM:
+        llm = choice_of_model.llm(device, dtype, note, options.engine)
+        loading()
+        return llm
+
     if prompt is not None:
-        if out is not None or resume:
-            raise InputError("--out and --resume go with --prompts FILE")
-        llm = opened.llm(device, dtype, note, options.engine)
-        emit(run(llm, prompt, options.sampling, write), as_json)
+        if out is not None or resume or template is not None:
+            raise InputError("--out, --resume and --template go with --prompts FILE")
+        if not as_json and ("logprobs" in options.sampling or "prompt_logprobs" in options.sampling):
+            raise InputError("log-probabilities are shown in JSON alone; add --json, or give --prompts FILE")
+        emit(run(opened(), prompt, options.sampling, write, note), as_json)
         return
     assert prompts is not None
     job = FileJob(prompts, out or "-", options, template, resume)
-    result = generate_file(job, lambda: opened.llm(device, dtype, note, options.engine), write, on_stderr)
+    result = generate_file(job, opened, write, on_stderr)
     emit(result, as_json)
     if result["failed"]:
         raise CheckFailed(
@@ -143,18 +155,23 @@ def chat(
 ) -> None:
     """Talk with a model in the terminal.
 
-    /help tells the commands; Ctrl-C stops an answer, Ctrl-D ends.
+    /help tells the commands; Ctrl-C stops an answer, Ctrl-D ends. Where messages are piped in, the exit code
+    is 2 if one of them could not be answered.
     """
+    loading = announce("Loading …")
     from puna.recipes.chat import chat as run
     from puna.recipes.models import ModelChoice
     from puna.recipes.sampling_options import sampling_options
-    from puna.recipes.terminal import line_reader, note
+    from puna.recipes.terminal import is_person, line_reader, note
 
     chosen = given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    options = sampling_options(chosen, change or ())
+    options = sampling_options(chosen, change or (), several=False)
     llm = ModelChoice(model, revision, cache_dir, tokenizer).llm(device, dtype, note, options.engine)
-    note("[/help tells the commands; Ctrl-D ends]")
-    run(
+    loading()
+    failed = run(
         llm, options.sampling, system=system, template=template, start=load, read=line_reader(),
-        write=write, note=note,
+        write=write, note=note, person=is_person(),
     )  # fmt: skip
+    if failed and not is_person():
+        messages = "1 message" if failed == 1 else f"{failed:,} messages"
+        raise InputError(f"{messages} could not be answered; the remarks above say why")

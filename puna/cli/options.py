@@ -32,7 +32,9 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings to change, as key=value.", show_default=False)
 ]
-Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+Seed = Annotated[
+    int | None, typer.Option(help="Makes sampling repeatable: answer k, from 1, is drawn with SEED + k - 1.")
+]
 Sampling = Annotated[
     list[str] | None,
     typer.Option(
@@ -41,7 +43,13 @@ Sampling = Annotated[
         "as engine.cache_dtype=int8.",
     ),
 ]
-Template = Annotated[str | None, typer.Option(help="A built-in chat template, for a model that names none.")]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        help="A chat template in place of the model's own: llama2, llama3, vicuna, alpaca, chatml, or the "
+        "text of one."
+    ),
+]
 
 
 def given(**options: Any) -> dict[str, Any]:

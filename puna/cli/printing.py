@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+from collections.abc import Callable
 from typing import Any
+
+PATIENCE = 1.0  # seconds that a person waits without a word
 
 
 def emit(result: dict[str, Any], as_json: bool) -> None:
@@ -22,3 +26,12 @@ def write(text: str) -> None:
     """A piece of an answer, at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def announce(line: str) -> Callable[[], None]:
+    """Note what takes long, on a terminal, unless the function returned is called in time."""
+    timer = threading.Timer(PATIENCE, note, [line])
+    timer.daemon = True  # a command that fails meanwhile waits for nobody
+    if sys.stderr.isatty():
+        timer.start()
+    return timer.cancel

@@ -22,6 +22,7 @@ from puna.data.inputs import InputFile, list_files
 from puna.errors import DataError
 
 SHOWN = 3  # faults of a kind that a report keeps in full
+PIECE = 1024  # compressed bytes at a time: they hold 32 MiB at most, whatever they claim
 CHUNK = 1 << 20  # bytes taken from a file at a time
 LONGEST_LINE = 1 << 26  # bytes of one JSON record
 # Bytes of text; what is longer is divided at a line end. Tokenizers hold some 100 bytes for each character.
@@ -236,10 +237,41 @@ READERS: dict[str, Reader] = {
 
 DECOMPRESSORS: dict[str, Callable[[IO[bytes]], Any]] = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
-    ".zst": lambda raw: io.BufferedReader(
-        zstandard.ZstdDecompressor(max_window_size=WINDOW).stream_reader(raw, read_across_frames=True), CHUNK
-    ),
+    ".zst": lambda raw: io.BufferedReader(_Frames(raw), CHUNK),
 }
+
+
+class _Frames(io.RawIOBase):
+    """zstandard's frames, decompressed: its own reader takes a file that was cut short for a whole one."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw, self._ready = raw, memoryview(b"")
+        self._frame: zstandard.ZstdDecompressionObj | None = None  # the one begun and not ended
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Raises EOFError where the file ends within a frame."""
+        while not self._ready:
+            piece = self._raw.read(PIECE)
+            if not piece:
+                if self._frame is not None:
+                    raise EOFError("it ends within a compressed frame, as a file that was cut does")
+                return 0
+            self._ready = memoryview(b"".join(self._expanded(piece)))
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def _expanded(self, piece: bytes) -> Iterator[bytes]:
+        while piece:
+            if self._frame is None:
+                self._frame = zstandard.ZstdDecompressor(max_window_size=WINDOW).decompressobj()
+            yield self._frame.decompress(piece)
+            if not self._frame.eof:
+                return
+            piece, self._frame = self._frame.unused_data, None
 
 
 def _decode(data: bytes) -> str:
@@ -303,7 +335,10 @@ def parse_record(line: bytes) -> dict[str, Any]:
         Unreadable: there is none.
     """
     try:
-        record = json.loads(line)
+        # As UTF-8 whatever the first bytes look like; half a surrogate pair passes, as escaped ones do.
+        record = json.loads(line.decode("utf-8", "surrogatepass"))
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"the line is not UTF-8: byte {error.start:,}") from None
     except (ValueError, RecursionError) as error:
         raise Unreadable(f"not JSON: {error}") from None
     if not isinstance(record, dict):

@@ -30,6 +30,7 @@ from puna.engine.settings import EngineSettings
 from puna.engine.state import Choice, SamplingState
 from puna.engine.text import answer_text
 from puna.errors import InputError, ModelError, ResourceError
+from puna.kernels.choosing import chooser_on
 from puna.kernels.pages import BLOCK
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
@@ -83,19 +84,19 @@ class Engine:
         """
         self.settings, self.times = settings, Times()
         self._model, self._tokenizer, self._context = model, tokenizer, context
-        weight = model.model.embed_tokens.weight
+        config, weight = model.config, model.model.embed_tokens.weight
         self._device, self._modules = weight.device, list(model.modules())
-        quantized = settings.cache_dtype == "int8"
-        blocks = _block_count(model.config, context, weight.dtype, weight.device, settings)
+        chooser_on(self._device)  # compiled now, not while the first token is waited for
+        blocks = _block_count(config, context, weight.dtype, weight.device, settings)
         with _generating(self._modules):
             self._rows = RowClasses(model, max(settings.step_tokens, ROWS), settings.deterministic)
-        self._cache = PagedCache(model.config, blocks, weight.dtype, weight.device, quantized)
+        self._cache = PagedCache(config, blocks, weight.dtype, weight.device, settings.cache_dtype == "int8")
         self._pool = BlockPool(blocks, BLOCK, sharing=settings.prefix_sharing)
         self._scheduler = Scheduler(
             self._pool,
             min(settings.step_tokens, self._rows.largest),
             settings.max_running,
-            model.config.sliding_window,
+            config.sliding_window,
         )
         self._grammars: dict[tuple[int, ...], Grammars] = {}  # by end tokens
         self._tracks: dict[Sequence, Track] = {}

@@ -10,6 +10,8 @@ from pydantic import Field, ValidationError, field_serializer, field_validator, 
 
 from puna.settings import Settings, parse
 
+LONGEST = 100_000  # characters of all stop strings
+STOPS = 256  # texts: each is looked for after every token
 BIAS = 10_000.0  # far beyond any logit, and still exact enough in float32 not to swallow one
 CONSTRAINTS = ("json_schema", "regex", "grammar", "choice")
 
@@ -93,7 +95,10 @@ class SamplingParams(Settings):
     @field_validator("stop", mode="before")
     @classmethod
     def _stop_texts(cls, value: Any) -> Any:
-        return _texts((value,) if isinstance(value, str) else value)
+        texts = _texts((value,) if isinstance(value, str) else value)
+        if len(texts) > STOPS or sum(map(len, texts)) > LONGEST:
+            raise ValueError(f"expected at most {STOPS} texts of {LONGEST:,} characters together")
+        return texts
 
     @field_validator("choice", mode="before")
     @classmethod

@@ -32,8 +32,8 @@ DAMAGED = (
     "load it with dtype='float32' or 'bfloat16'"
 )
 IMPOSSIBLE = (
-    "no token is left to choose: the model holds all that the constraint allows impossible; "
-    "loosen the constraint"
+    "no token is left to choose: the model holds all that constraint, min_new_tokens and logit_bias leave "
+    "impossible; loosen those of them that are set"
 )
 
 

@@ -12,33 +12,20 @@
 // Weights are exact to some 1e-7 of themselves however small; sums are float32 over at most 256 of them, and
 // float64 beyond. For float64 logits all is float64.
 //
-// V vocabulary. A vector is a GCC vector extension, so that one source serves every processor.
+// V vocabulary.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
 #include <functional>
 #include <limits>
-#include <memory>
 #include <type_traits>
 #include <utility>
 
-#if defined(__AVX512F__) || defined(__F16C__)
-#include <immintrin.h>
-#endif
+#include "threads.hpp"
+#include "vectors.hpp"
 
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int BYTES = 64;
-#elif defined(__AVX__)
-constexpr int BYTES = 32;
-#else
-constexpr int BYTES = 16;
-#endif
 
 constexpr int BLOCK = 64;     // tokens: both levels of a search are short
 constexpr int SEGMENTS = 32;  // of a row, whose largest logits are kept lane by lane
@@ -46,133 +33,6 @@ constexpr int CUTS = 8;       // distances that are looked at together
 constexpr int RUN = 16;       // vectors summed in their own type
 constexpr int FEW = 64;       // tokens that are sorted
 constexpr double COLDEST = 1e-30, HOTTEST = 1e30;
-
-struct bfloat16 { uint16_t bits; };
-struct float16 { uint16_t bits; };
-
-template <class T> struct Vector { typedef T type __attribute__((vector_size(BYTES))); };
-template <class T> using Vec = typename Vector<T>::type;
-template <class A> constexpr int LANES = BYTES / int(sizeof(A));
-template <class A> constexpr A INFINITE = std::numeric_limits<A>::infinity();
-
-template <class To, class From> inline To bits_as(From from) {
-    static_assert(sizeof(To) == sizeof(From), "a reinterpretation keeps the size");
-    To to;
-    std::memcpy(&to, &from, sizeof to);
-    return to;
-}
-
-template <class V> inline V read(const void* from) {
-    V found;
-    std::memcpy(&found, from, sizeof found);
-    return found;
-}
-
-// --- Number types
-
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline float widen(bfloat16 x) { return bits_as<float>(uint32_t(x.bits) << 16); }
-inline float widen(float16 x) {
-    // As float32 of an exponent that is 112 too small: one product puts it right, subnormal numbers too.
-    const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
-    const float scaled = bits_as<float>(magnitude) * 0x1p112f;
-    const bool finite = magnitude < 0x7c00u << 13;
-    return bits_as<float>((finite ? bits_as<uint32_t>(scaled) : magnitude | 0x7f800000) | sign);
-}
-
-template <class A> inline Vec<A> load(const A* from) { return read<Vec<A>>(from); }
-template <class A> inline void store(A* to, Vec<A> x) { std::memcpy(to, &x, sizeof x); }
-
-// GCC takes a vector conversion apart on x86: there it is one instruction.
-template <class A> inline Vec<A> load(const bfloat16* from) {
-#if defined(__AVX512F__)
-    return bits_as<Vec<A>>(bits_as<Vec<uint32_t>>(_mm512_cvtepu16_epi32(read<__m256i>(from))) << 16);
-#elif defined(__AVX2__) && defined(__F16C__)
-    return bits_as<Vec<A>>(bits_as<Vec<uint32_t>>(_mm256_cvtepu16_epi32(read<__m128i>(from))) << 16);
-#else
-    Vec<A> found;
-    for (int lane = 0; lane < LANES<A>; ++lane) found[lane] = widen(from[lane]);
-    return found;
-#endif
-}
-template <class A> inline Vec<A> load(const float16* from) {
-#if defined(__AVX512F__)
-    return bits_as<Vec<A>>(_mm512_cvtph_ps(read<__m256i>(from)));
-#elif defined(__AVX2__) && defined(__F16C__)
-    return bits_as<Vec<A>>(_mm256_cvtph_ps(read<__m128i>(from)));
-#else
-    Vec<A> found;
-    for (int lane = 0; lane < LANES<A>; ++lane) found[lane] = widen(from[lane]);
-    return found;
-#endif
-}
-
-// --- Arithmetic
-
-inline Vec<float> exponential(Vec<float> x) {
-    // 2^n · e^r with |r| ≤ ln 2 / 2, where the series up to r^7 is exact to 6e-9. What is below the normal
-    // numbers becomes 0.
-    using Bits = Vec<int32_t>;
-    const float shift = 12582912.0f;  // 1.5 · 2^23: added, it leaves the nearest integer in the last bits
-    const Vec<float> shifted = x * 1.44269504f + shift;
-    const Vec<float> n = shifted - shift;
-    const Vec<float> r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts
-    Vec<float> sum = r * (1.0f / 5040) + 1.0f / 720;
-    sum = sum * r + 1.0f / 120;
-    sum = sum * r + 1.0f / 24;
-    sum = sum * r + 1.0f / 6;
-    sum = sum * r + 0.5f;
-    sum = sum * r + 1.0f;
-    sum = sum * r + 1.0f;
-    const Bits power = (bits_as<Bits>(shifted) - bits_as<int32_t>(shift) + 127) << 23;
-    const Bits vanished = x < -87.3f;
-    return bits_as<Vec<float>>(~vanished & bits_as<Bits>(sum * bits_as<Vec<float>>(power)));
-}
-inline Vec<double> exponential(Vec<double> x) {
-    for (int lane = 0; lane < LANES<double>; ++lane) x[lane] = std::exp(x[lane]);
-    return x;
-}
-
-// All lanes put together by halves.
-template <class V, class Two> inline auto fold(V x, const Two& two) {
-    using A = std::decay_t<decltype(x[0])>;
-    if constexpr (sizeof(V) == 2 * sizeof(A)) {
-        return two(x[0], x[1]);
-    } else {
-        typedef A Half __attribute__((vector_size(sizeof(V) / 2)));
-        Half halves[2];
-        std::memcpy(halves, &x, sizeof x);
-        return fold(two(halves[0], halves[1]), two);
-    }
-}
-template <class V> inline auto added(V x) {
-    return fold(x, [](auto a, auto b) { return a + b; });
-}
-template <class V> inline auto largest_of(V x) {
-    return fold(x, [](auto a, auto b) { return a > b ? a : b; });
-}
-
-// --- Memory
-
-inline long rounded(long count, long by) { return (count + by - 1) / by * by; }
-
-// Grows and never shrinks; contents are lost when it grows.
-template <class T> class Buffer {
-    std::unique_ptr<T, decltype(&std::free)> memory{nullptr, std::free};
-    long size = 0;
-
-public:
-    T* of(long count) {
-        if (count > size) {
-            const long bytes = rounded(count * long(sizeof(T)), 64);
-            memory.reset(static_cast<T*>(std::aligned_alloc(64, size_t(bytes))));
-            if (!memory) std::abort();
-            size = count;
-        }
-        return memory.get();
-    }
-};
 
 // --- What a call is given
 
@@ -617,30 +477,10 @@ template <class A, class M> void choose(Row& row, long V) {
     if (row.top >= 0) score(row, own, V, peaks);
 }
 
-// --- Threads
-
-using Fork = void (*)(void (*)(void*), void*, unsigned, unsigned);
-Fork fork_threads = nullptr;  // GOMP_parallel of the runtime that torch has loaded: one pool for both
-
-template <class A, class M> struct Queue {
-    std::atomic<int> taken{0};
-    Row* rows;
-    int count;
-    long V;
-    static void run(void* self) {
-        auto& queue = *static_cast<Queue*>(self);
-        for (int i; (i = queue.taken++) < queue.count;) choose<A, M>(queue.rows[i], queue.V);
-    }
-};
-
 template <class A, class M> void choose_all(Row* rows, int count, long V, int threads) {
-    Queue<A, M> queue{{}, rows, count, V};
     double work = 0;  // tokens, one at which is only looked counted as one
     for (int i = 0; i < count; ++i) work += V * (rows[i].top >= 0 || rows[i].temperature > 0 ? 8.0 : 1.0);
-    // Waking a team costs microseconds; its size never changes, since then threads would be ended and begun.
-    if (threads > 1 && count > 1 && work > 3e5 && fork_threads)
-        fork_threads(Queue<A, M>::run, &queue, unsigned(threads), 0);
-    else Queue<A, M>::run(&queue);
+    for_each(count, work > 3e5 ? threads : 1, [&](int i) { choose<A, M>(rows[i], V); });
 }
 
 }  // namespace
@@ -654,5 +494,3 @@ ENTRY(choose_float32, float, float)
 ENTRY(choose_bfloat16, float, bfloat16)
 ENTRY(choose_float16, float, float16)
 ENTRY(choose_float64, double, double)
-
-extern "C" void use_threads(void* fork) { fork_threads = reinterpret_cast<Fork>(fork); }

@@ -115,14 +115,19 @@ def _flags() -> Sequence[str]:
 
 
 def _key(source: Path, compiler: str) -> str:
-    """What decides the result: source, flags, compiler, and the processor that is compiled for."""
+    """What decides the result: source, headers beside it, flags, compiler, and the processor compiled for."""
     command = [*shlex.split(compiler), "--version"]
     version = subprocess.run(command, capture_output=True, check=False, timeout=SECONDS).stdout
-    parts = (source.read_bytes(), " ".join(_flags()).encode(), compiler.encode(), version, _processor())
+    texts = [part for x in (source, *_headers(source)) for part in (x.name.encode(), x.read_bytes())]
+    parts = (*texts, " ".join(_flags()).encode(), compiler.encode(), version, _processor())
     digest = hashlib.sha256()
     for part in parts:
         digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()[:24]
+
+
+def _headers(source: Path) -> Sequence[Path]:
+    return sorted(source.parent.glob("*.hpp"))
 
 
 def _processor() -> bytes:

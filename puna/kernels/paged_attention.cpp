@@ -7,21 +7,17 @@
 // that one row does not see are set, not added to: what an earlier owner left in a block has no effect.
 //
 // N query heads, K key/value heads, G = N/K, H head width, P = H rounded up to whole vectors of float.
-// A vector is a GCC vector extension, so that one source serves every processor.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
+#include "threads.hpp"
+#include "vectors.hpp"
 
 namespace {
 
@@ -30,160 +26,9 @@ constexpr int SPAN = 16;   // blocks summed apart
 constexpr int TILE = 64;   // queries of one key/value head that share what is read
 
 // As many accumulators as the registers hold, beside one row of vectors and what is broadcast.
-#if defined(__AVX512F__)
-constexpr int BYTES = 64, QUERIES = 4, VECTORS = 4;
-#elif defined(__AVX__)
-constexpr int BYTES = 32, QUERIES = 6, VECTORS = 2;
-#else
-constexpr int BYTES = 16, QUERIES = 4, VECTORS = 4;
-#endif
-
-struct bfloat16 { uint16_t bits; };
-struct float16 { uint16_t bits; };
-
-template <class T> struct Vector { typedef T type __attribute__((vector_size(BYTES))); };
-template <class T> using Vec = typename Vector<T>::type;
-template <class A> constexpr int LANES = BYTES / int(sizeof(A));
-
-// As many small numbers as there are lanes of float.
-template <class T> struct NarrowVector { typedef T type __attribute__((vector_size(BYTES / 4 * sizeof(T)))); };
-template <class T> using Narrow = typename NarrowVector<T>::type;
-
-template <class To, class From> inline To bits_as(From from) {
-    static_assert(sizeof(To) == sizeof(From), "a reinterpretation keeps the size");
-    To to;
-    std::memcpy(&to, &from, sizeof to);
-    return to;
-}
-
-template <class V> inline V read(const void* from) {
-    V found;
-    std::memcpy(&found, from, sizeof found);
-    return found;
-}
-
-// --- Number types
-
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline float widen(bfloat16 x) { return bits_as<float>(uint32_t(x.bits) << 16); }
-inline float widen(float16 x) {
-    const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
-    uint32_t wide = magnitude + (112u << 23);  // the exponent's bias is 15 there and 127 here
-    if (magnitude >= 0x7c00u << 13) wide += 112u << 23;  // infinity and NaN
-    if (magnitude < 1u << 23)  // zero and subnormal: the leading bit that is implied is taken away again
-        wide = bits_as<uint32_t>(bits_as<float>(wide + (1u << 23)) - bits_as<float>(113u << 23));
-    return bits_as<float>(wide | sign);
-}
-
-template <class M> inline M narrow(double x) { return M(x); }
-template <> inline bfloat16 narrow<bfloat16>(double x) {
-    const uint32_t bits = bits_as<uint32_t>(float(x));
-    if ((bits & 0x7fffffff) > 0x7f800000) return {uint16_t(bits >> 16 | 0x40)};  // NaN stays NaN
-    return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};  // to nearest, ties to even
-}
-template <> inline float16 narrow<float16>(double x) {
-    const uint32_t bits = bits_as<uint32_t>(float(x));
-    const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-    if (magnitude > 0x7f800000) return {uint16_t(sign | 0x7e00)};
-    if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // from 65520 on: infinity
-    if (magnitude < 113u << 23) {  // subnormal: adding 1/2 puts the last bit that stays at the float's end
-        const float rounded = bits_as<float>(magnitude) + 0.5f;
-        return {uint16_t(sign | (bits_as<uint32_t>(rounded) - bits_as<uint32_t>(0.5f)))};
-    }
-    return {uint16_t(sign | ((magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13))};
-}
-
-// Small numbers read as wide ones. GCC takes a vector conversion apart on x86: there it is one instruction.
-#if defined(__AVX512F__)
-inline Vec<uint32_t> read_wide(const uint16_t* from) {
-    return bits_as<Vec<uint32_t>>(_mm512_cvtepu16_epi32(read<__m256i>(from)));
-}
-inline Vec<int32_t> read_wide(const int8_t* from) {
-    return bits_as<Vec<int32_t>>(_mm512_cvtepi8_epi32(read<__m128i>(from)));
-}
-inline Vec<float> read_half(const float16* from) {
-    return bits_as<Vec<float>>(_mm512_cvtph_ps(read<__m256i>(from)));
-}
-#elif defined(__AVX2__) && defined(__F16C__)
-inline Vec<uint32_t> read_wide(const uint16_t* from) {
-    return bits_as<Vec<uint32_t>>(_mm256_cvtepu16_epi32(read<__m128i>(from)));
-}
-inline Vec<int32_t> read_wide(const int8_t* from) {
-    return bits_as<Vec<int32_t>>(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(read<long long>(from))));
-}
-inline Vec<float> read_half(const float16* from) {
-    return bits_as<Vec<float>>(_mm256_cvtph_ps(read<__m128i>(from)));
-}
-#else
-inline Vec<uint32_t> read_wide(const uint16_t* from) {
-    return __builtin_convertvector(read<Narrow<uint16_t>>(from), Vec<uint32_t>);
-}
-inline Vec<int32_t> read_wide(const int8_t* from) {
-    return __builtin_convertvector(read<Narrow<int8_t>>(from), Vec<int32_t>);
-}
-inline Vec<float> read_half(const float16* from) {
-    Vec<float> found;
-    for (int lane = 0; lane < LANES<float>; ++lane) found[lane] = widen(from[lane]);
-    return found;
-}
-#endif
-
-template <class A> inline Vec<A> load(const A* from) { return read<Vec<A>>(from); }
-template <class A> inline Vec<A> load(const bfloat16* from) {
-    return bits_as<Vec<float>>(read_wide(reinterpret_cast<const uint16_t*>(from)) << 16);
-}
-template <class A> inline Vec<A> load(const float16* from) { return read_half(from); }
-template <class A> inline Vec<A> load(const int8_t* from) {
-    if constexpr (std::is_same_v<A, float>) {
-        return __builtin_convertvector(read_wide(from), Vec<float>);
-    } else {
-        Vec<A> found;
-        for (int lane = 0; lane < LANES<A>; ++lane) found[lane] = from[lane];
-        return found;
-    }
-}
-template <class A> inline void store(A* to, Vec<A> x) { std::memcpy(to, &x, sizeof x); }
+constexpr int QUERIES = BYTES == 32 ? 6 : 4, VECTORS = BYTES == 32 ? 2 : 4;
 
 // --- Arithmetic
-
-inline Vec<float> exponential(Vec<float> x) {
-    // 2^n · e^r with |r| ≤ ln 2 / 2, where the series up to r^7 is exact to 6e-9. NaN stays NaN, and what is
-    // below the normal numbers becomes 0.
-    using Bits = Vec<int32_t>;
-    const float shift = 12582912.0f;  // 1.5 · 2^23: added, it leaves the nearest integer in the last bits
-    const Vec<float> shifted = x * 1.44269504f + shift;
-    const Vec<float> n = shifted - shift;
-    const Vec<float> r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts
-    Vec<float> sum = r * (1.0f / 5040) + 1.0f / 720;
-    sum = sum * r + 1.0f / 120;
-    sum = sum * r + 1.0f / 24;
-    sum = sum * r + 1.0f / 6;
-    sum = sum * r + 0.5f;
-    sum = sum * r + 1.0f;
-    sum = sum * r + 1.0f;
-    const Bits power = (bits_as<Bits>(shifted) - bits_as<int32_t>(shift) + 127) << 23;
-    const Bits vanished = x < -87.3f;
-    return bits_as<Vec<float>>(~vanished & bits_as<Bits>(sum * bits_as<Vec<float>>(power)));
-}
-inline Vec<double> exponential(Vec<double> x) {
-    for (int lane = 0; lane < LANES<double>; ++lane) x[lane] = std::exp(x[lane]);
-    return x;
-}
-template <class A> inline A exponential_of(A x) { return exponential(Vec<A>{} + x)[0]; }
-
-// All lanes put together by halves, in one order for every caller.
-template <class V, class Two> inline auto fold(V x, const Two& two) {
-    using A = std::decay_t<decltype(x[0])>;
-    if constexpr (sizeof(V) == 2 * sizeof(A)) {
-        return two(x[0], x[1]);
-    } else {
-        typedef A Half __attribute__((vector_size(sizeof(V) / 2)));
-        Half halves[2];
-        std::memcpy(halves, &x, sizeof x);
-        return fold(two(halves[0], halves[1]), two);
-    }
-}
 
 // c[q] += Σ a[q][i] · b[i], over i in order, for Q rows of V vectors.
 template <class A, class S, int Q, int V>
@@ -244,34 +89,6 @@ extern "C" struct Step {
 struct Shape {
     int K, G, H, P;
 };
-
-// --- Threads
-
-using Fork = void (*)(void (*)(void*), void*, unsigned, unsigned);
-Fork fork_threads = nullptr;  // GOMP_parallel of the runtime that torch has loaded: one pool for both
-
-template <class Work> struct Queue {
-    std::atomic<int> taken{0};
-    int size;
-    const Work& work;
-    static void run(void* self) {
-        auto& queue = *static_cast<Queue*>(self);
-        // The last come first: those of a prompt see the most keys, and would otherwise be waited for.
-        for (int i; (i = queue.taken++) < queue.size;) queue.work(queue.size - 1 - i);
-    }
-};
-
-template <class Work> void for_each(int size, int threads, const Work& work) {
-    Queue<Work> queue{{}, size, work};
-    if (threads > 1 && size > 1 && fork_threads) fork_threads(Queue<Work>::run, &queue, unsigned(threads), 0);
-    else Queue<Work>::run(&queue);
-}
-
-template <class T> T* aligned(std::vector<char>& memory, size_t count) {
-    memory.resize(std::max(memory.size(), count * sizeof(T) + 64));
-    const auto address = reinterpret_cast<uintptr_t>(memory.data());
-    return reinterpret_cast<T*>((address + 63) / 64 * 64);
-}
 
 // --- Storing
 
@@ -347,7 +164,7 @@ template <class A, class S, class M> struct Tile {
     // The queries' attention to one span of blocks.
     void attend(int span, const A* q, const Partial<A>& partial, A* scratch) const {
         std::fill(partial.out, partial.out + long(queries) * shape.P, A(0));
-        std::fill(partial.largest, partial.largest + queries, -std::numeric_limits<A>::infinity());
+        std::fill(partial.largest, partial.largest + queries, -INFINITE<A>);
         std::fill(partial.total, partial.total + queries, A(0));
         const int begin = std::max(first_block(), span * SPAN);
         const int end = std::min(last_block(), span * SPAN + SPAN - 1);
@@ -409,17 +226,15 @@ template <class A, class S, class M> struct Tile {
         }
         if constexpr (scaled)
             for (int slot = 0; slot < BLOCK; ++slot) scores[slot] *= scales[slot];
-        const A nothing = -std::numeric_limits<A>::infinity();
-        for (int slot = 0; slot < from; ++slot) scores[slot] = nothing;
-        for (int slot = to + 1; slot < BLOCK; ++slot) scores[slot] = nothing;
+        for (int slot = 0; slot < from; ++slot) scores[slot] = -INFINITE<A>;
+        for (int slot = to + 1; slot < BLOCK; ++slot) scores[slot] = -INFINITE<A>;
 
         Vec<A> top = load<A>(scores);
         for (int at = LANES<A>; at < BLOCK; at += LANES<A>) {
             const Vec<A> next = load<A>(scores + at);
             top = next > top ? next : top;
         }
-        const auto larger = [](auto a, auto b) { return a > b ? a : b; };
-        const A largest = larger(fold(top, larger), partial.largest[query]);
+        const A largest = std::max(partial.largest[query], largest_of(top));
         Vec<A> sum = {};
         for (int at = 0; at < BLOCK; at += LANES<A>) {
             const Vec<A> weight = exponential(load<A>(scores + at) - largest);
@@ -429,7 +244,7 @@ template <class A, class S, class M> struct Tile {
         if (largest != partial.largest[query])
             rescale(query, exponential_of<A>(partial.largest[query] - largest), partial);
         partial.largest[query] = largest;
-        partial.total[query] += fold(sum, [](auto a, auto b) { return a + b; });
+        partial.total[query] += added(sum);
     }
 
     void rescale(int query, A factor, const Partial<A>& partial) const {
@@ -483,8 +298,6 @@ template <class A, class S, class M> struct Call {
 
     void run() {
         plan();
-        // Waking a team costs microseconds, more for a large one; and its size never changes, since that
-        // would make the runtime end threads and start others.
         const int threads = work > 2.5e5 + 2e4 * step.threads ? step.threads : 1;
         const int items = int(parts.size()) * shape.K;
         const bool split = threads > items && longest_spans > 1;
@@ -528,9 +341,9 @@ template <class A, class S, class M> struct Call {
         Partial<A> one, all;
     };
     Scratch scratch() const {
-        thread_local std::vector<char> memory;
-        A* at = aligned<A>(memory, size_t(scratch_size()));
-        const auto take = [&](long count) { return std::exchange(at, at + (count + 15) / 16 * 16); };
+        thread_local Buffer<A> memory;
+        A* at = memory.of(scratch_size());
+        const auto take = [&](long count) { return std::exchange(at, at + rounded(count, 16)); };
         A* work = take(long(most) * BLOCK + long(BLOCK) * std::max(shape.H, shape.P));
         A* q = take(long(most) * shape.H);
         A* one = take(Partial<A>::size(most, shape.P));
@@ -556,13 +369,13 @@ template <class A, class S, class M> struct Call {
 
     void start(const Tile<A, S, M>& tile, const Partial<A>& all) const {
         std::fill(all.out, all.out + long(tile.queries) * shape.P, A(0));
-        std::fill(all.largest, all.largest + tile.queries, -std::numeric_limits<A>::infinity());
+        std::fill(all.largest, all.largest + tile.queries, -INFINITE<A>);
         std::fill(all.total, all.total + tile.queries, A(0));
     }
 
     // A long context and few heads: the spans of a tile by different threads, then put together in order.
     void attend_split(int items, int threads) const {
-        thread_local std::vector<char> memory;
+        thread_local Buffer<A> memory;
         const long size = Partial<A>::size(most, shape.P);
         struct Share { int item, span; };
         std::vector<Share> shares;
@@ -573,7 +386,7 @@ template <class A, class S, class M> struct Call {
             for (int span = tile.first_block() / SPAN; span <= tile.last_block() / SPAN; ++span)
                 shares.push_back({item, span});
         }
-        A* partials = aligned<A>(memory, size_t(size) * shares.size());
+        A* partials = memory.of(size * long(shares.size()));
         for_each(int(shares.size()), threads, [&](int i) {
             const auto tile = this->tile(shares[i].item);
             const Scratch scratch = this->scratch();
@@ -619,8 +432,6 @@ ENTRY(attend_float32_int8, float, int8_t, float)
 ENTRY(attend_bfloat16_int8, float, int8_t, bfloat16)
 ENTRY(attend_float16_int8, float, int8_t, float16)
 ENTRY(attend_float64_int8, double, int8_t, double)
-
-extern "C" void use_threads(void* fork) { fork_threads = reinterpret_cast<Fork>(fork); }
 
 // For tests: e^x.
 extern "C" void exponentials(const float* x, float* out, long count) {

@@ -86,7 +86,8 @@ class AnswerFile:
                 self.done.add(answer["line"])
                 self.failed += "error" in answer
                 self._end += len(line)
-        self._file.truncate(self._end)
+        with disk_errors(f"writing {self.path}", self.path, DataError, ADVICE):
+            self._file.truncate(self._end)
 
     def _answer(self, line: bytes, number: int) -> dict[str, Any]:
         try:
@@ -131,6 +132,8 @@ def answer_file(path: Path, record: Record, resume: bool) -> Iterator[AnswerFile
         RunBusyError: another process holds it.
         ResourceError: the disk is full.
     """
+    if not path.is_file() and (path.exists() or path.is_symlink()):
+        raise DataError(f"{path} is no regular file, and answers are kept in one; name another")
     with disk_errors(f"opening {path}", path, DataError, ADVICE):
         if not resume:
             refuse_existing(path)

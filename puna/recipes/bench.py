@@ -8,7 +8,7 @@ limit, ratio, environment, details}. `settings` are those that measure this row 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from puna.errors import SettingsError, nearest
 from puna.progress import Track
 from puna.recipes.bench_figures import Figure, Say
-from puna.recipes.bench_generation import DecodeSettings, PrefillSettings, decode, prefill
+from puna.recipes.bench_generation import COLUMNS, DecodeSettings, PrefillSettings, decode, prefill
 from puna.settings import Settings, read_settings
 
 
@@ -34,8 +34,43 @@ WHATS = {
 }
 
 
+def explain(what: str | None) -> str:
+    """What can be set, with defaults, and what the columns of the table say.
+
+    Raises:
+        SettingsError: there is no such benchmark.
+    """
+    lines = [f"Settings of {what}, as key=value:", *_rows(_known(what).settings, ""), "", "Columns:"]
+    return "\n".join([*lines, *(f"  {name:24} {text}" for name, text in COLUMNS.items())])
+
+
+def _rows(cls: type[Settings], prefix: str) -> Iterator[str]:
+    """A line for each setting; of settings inside settings those of the engine alone, the rest is told of."""
+    for name, field in cls.model_fields.items():
+        value, told = field.default, " ".join((field.description or "").split())
+        if name == "engine":
+            yield from _rows(type(value), f"{prefix}{name}.")
+        elif isinstance(value, Settings):
+            changed = ", ".join(f"{key}={item}" for key, item in value.model_dump(exclude_unset=True).items())
+            yield f"  {f'{prefix}{name}.…':24} {changed}".ljust(43) + f" {told}"
+        else:
+            yield f"  {prefix + name:24} {_shown(value):16} {told}".rstrip()
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _known(what: str | None) -> Benchmark:
+    if what is None:
+        raise SettingsError(f"name what to measure: puna bench {' or '.join(WHATS)}")
+    if what not in WHATS:
+        raise SettingsError(f"what must be one of {', '.join(WHATS)}, got {what!r}.{nearest(what, WHATS)}")
+    return WHATS[what]
+
+
 def bench(
-    what: str, arguments: Sequence[str], settings: Path | None, say: Say, track: Track
+    what: str | None, arguments: Sequence[str], settings: Path | None, say: Say, track: Track
 ) -> dict[str, Any]:
     """Measure, and return what was found.
 
@@ -50,9 +85,8 @@ def bench(
         SettingsError: there is no such benchmark, or its settings are wrong.
         InputError: as the benchmark itself.
     """
-    if what not in WHATS:
-        raise SettingsError(f"what must be one of {', '.join(WHATS)}, got {what!r}.{nearest(what, WHATS)}")
+    benchmark = _known(what)
     named = [f"model={json.dumps(argument)}" for argument in arguments[:1] if "=" not in argument]
-    chosen = read_settings(WHATS[what].settings, settings, [*named, *arguments[len(named) :]])
-    figures = WHATS[what].run(chosen, say, track)
+    chosen = read_settings(benchmark.settings, settings, [*named, *arguments[len(named) :]])
+    figures = benchmark.run(chosen, say, track)
     return {"results": [figure.as_dict() for figure in figures]}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from puna.devices import choose_device, choose_dtype
 from puna.engine.answer import Answer, Request
@@ -34,21 +34,38 @@ TINY = ModelConfig(
 )
 _COLUMNS = "{:>8} {:>9} {:>8} {:>9} {:>7} {:>8} {:>9} {:>7} {:>8} {:>7}"
 HEADINGS = ("tokens/s", "each", "ms/step", "spread", "outside", "limit", "by", "reached", "memory")
+COLUMNS = {
+    "streams, prompt": "sequences at once; tokens of the prompt",
+    "tokens/s": "of all streams together, the median of the repeats",
+    "each": "tokens/s of one stream",
+    "ms/step": "milliseconds of one pass of the engine",
+    "spread": "from the slowest to the fastest repeat, as a share of the median",
+    "outside": "share of the time that is not the model's pass: scheduling, choosing tokens, making text",
+    "limit": "tokens/s at which reading memory, or multiplying matrices, would take all the time",
+    "by": "which of the two: memory or matrix",
+    "reached": "share of that limit, both measured at the same moment",
+    "memory": "the most that was held, as a multiple of weights and cache",
+}
 OUTSIDE = ("schedule", "sample", "text")  # what an engine does besides the model's pass
 
 
 class GenerationSettings(Settings):
     """What both have: a model, where and how it runs, and how often to measure."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)  # `puna bench decode --help` shows them
+
     model: str = "puna-110m"
     """A preset, whose weights are then random, a path, or a hub id."""
     dtype: str = "auto"
+    """Of weights and cache: float32, bfloat16 or float16; auto: what suits the device."""
     device: str = "auto"
+    """cpu, cuda or mps."""
     threads: int | None = Field(None, ge=1)
-    """Of a CPU; None: as many as torch takes."""
+    """Of a CPU; none: as many as torch takes."""
     context: int | None = Field(None, ge=2)
-    """Of a preset: positions to allow; None: its own, or as many as are needed."""
+    """Of a preset: positions to allow; none: its own, or as many as are needed."""
     repeats: int = Field(3, ge=1)
+    """How often each row is measured; its figures are those of the median."""
     engine: EngineSettings = parse(EngineSettings, {})
     """`cache_memory` None is here as much as is needed, so that memory can be compared."""
 
@@ -59,6 +76,7 @@ class DecodeSettings(GenerationSettings):
     streams: list[int] = Field([1, 4, 16, 64], min_length=1)
     """How many at once; one row of the table each."""
     prompt: int = Field(64, ge=1)
+    """Tokens behind each stream when the time begins."""
     new: int = Field(64, ge=1)
     """Steps that are timed."""
     sampling: SamplingParams = SamplingParams(temperature=0.0)

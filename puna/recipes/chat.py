@@ -21,10 +21,15 @@ def chat(
     read: Read,
     write: Write,
     note: Note,
-) -> None:
+    person: bool = False,
+) -> int:
     """Answer what is typed, with everything said before, until /exit or the end of the input.
 
     `start` is a conversation that /save kept, to go on from; `system` takes the place of its system message.
+    Only a `person` is told how to go about it.
+
+    Returns:
+        How many messages an error kept from being answered.
 
     Raises:
         InputError: the model has no chat template and none was named, or it refuses the start; there is too
@@ -38,15 +43,18 @@ def chat(
     if system:
         conversation.begin([{"role": "system", "content": system}, *conversation.said])
     _ = llm.engine  # made here, so that too little memory is told before anyone types
+    if person:
+        note("[/help tells the commands; Ctrl-D ends]")
     while not conversation.ended and (message := _next(read, note)) is not None:
         if message.startswith("/"):
             obey(conversation, message)
         elif message.strip():
             conversation.ask(message)
+    return conversation.failed
 
 
 def _next(read: Read, note: Note) -> str | None:
-    """The next message; Ctrl-C drops what was typed, and a second one in a row is meant."""
+    """The next message; Ctrl-C where nothing is typed is meant at its second in a row."""
     try:
         return read_message(read)
     except KeyboardInterrupt:

@@ -13,6 +13,7 @@ from puna.errors import DataError, InputError, PunaError, SettingsError, nearest
 from puna.files import disk_errors, write_atomically
 from puna.formats.json_files import read_object
 from puna.recipes.conversation import Conversation, Messages
+from puna.recipes.sampling_options import refuse_several
 from puna.settings import overridden, parse
 
 ROLES = ("system", "user", "assistant")
@@ -36,9 +37,9 @@ def obey(conversation: Conversation, line: str) -> None:
     name, argument = [*line[1:].split(None, 1), "", ""][:2]
     command = COMMANDS.get(name)
     if command is None:
+        near = nearest(f"/{name}", [f"/{known}" for known in COMMANDS])
         conversation.note(
-            f"[no command /{name}.{nearest(name, COMMANDS)} /help lists them; a space before the slash makes "
-            "it a message]"
+            f"[no command /{name}.{near} /help lists them; a space before the slash makes it a message]"
         )
         return
     try:
@@ -116,14 +117,16 @@ def _set(conversation: Conversation, argument: str) -> None:
     if not key:
         conversation.note(f"[{_settings(conversation)}]")
         return
+    if key.partition("=")[0].partition(".")[0] == "engine":
+        raise SettingsError("engine settings are chosen at the start: puna chat MODEL --set engine.KEY=VALUE")
     values = copy.deepcopy(conversation.sampling)
     if value or "=" in key:
         overridden(values, [f"{key}={value}" if value else key])
-    elif key in SamplingParams.model_fields:
-        values.pop(key, None)
     else:
-        raise SettingsError(f"unknown setting {key!r}.{nearest(key, SamplingParams.model_fields)}")
-    parse(SamplingParams, values, "settings")
+        values[key] = conversation.defaults.get(key)
+        if values[key] is None and key in SamplingParams.model_fields:
+            del values[key]
+    refuse_several(parse(SamplingParams, values, "settings"))
     conversation.sampling = values
     conversation.note(f"[{_settings(conversation)}]")
 
@@ -161,7 +164,7 @@ COMMANDS = {
     "system": Command("/system TEXT", "set the system message; none without TEXT", _system),
     "temperature": Command("/temperature X", "set the temperature; 0 is greedy", _temperature),
     "set": Command(
-        "/set KEY VALUE", "any sampling setting; without VALUE its default, alone shows all", _set
+        "/set KEY VALUE", "any sampling setting; without VALUE as it was at the start, alone shows all", _set
     ),
     "reset": Command("/reset", "forget what was said; the system message stays", _reset),
     "retry": Command("/retry", "answer the last message once more", _retry),

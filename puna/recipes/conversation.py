@@ -11,7 +11,7 @@ from puna.engine.llm import LLM
 from puna.engine.params import SamplingParams
 from puna.engine.stream import Stream
 from puna.errors import InputError, PunaError
-from puna.recipes.sampling_options import seed_for
+from puna.recipes.sampling_options import seed_of
 from puna.recipes.terminal import Write, interrupts
 from puna.settings import parse
 from puna.tokenizer import chat as chats
@@ -30,10 +30,14 @@ class Conversation:
     def __init__(
         self, llm: LLM, sampling: dict[str, Any], template: str | None, write: Write, note: Note
     ) -> None:
-        self.sampling, self.note = sampling, note
+        self.sampling, self.note = dict(sampling), note
+        self.defaults = dict(sampling)
+        """What the settings were at the start: /set without a value goes back to it."""
         self.messages: Messages = []
         self.files: set[Path] = set()
         self.ended = False
+        self.failed = 0
+        """How many answers an error kept from being made."""
         self._llm, self._template, self._write = llm, template, write
         self._answers = 0  # made so far: with a seed, each has random numbers of its own
         self._unseen = 0  # exchanges, the oldest, that the model no longer sees
@@ -84,6 +88,7 @@ class Conversation:
             whole = self._stream(pieces)
         except PunaError as error:
             self.note(f"[{error}]")
+            self.failed += 1
             whole = False
         if whole or pieces:
             self.messages.append({"role": "assistant", "content": "".join(pieces)})
@@ -108,21 +113,24 @@ class Conversation:
                 stream.close()
                 if pieces:
                     self._write("\n")
-        self.note(_figures(stream, first - began, time.perf_counter() - first))
+        limit = self._params().max_new_tokens
+        self.note(_figures(stream, limit, first - began, time.perf_counter() - first))
         return not interrupt.asked
 
     def _seeded(self) -> dict[str, Any]:
         self._answers += 1
         seed = self.sampling.get("seed")
-        return self.sampling if seed is None else {**self.sampling, "seed": seed_for(seed, self._answers)}
+        return self.sampling if seed is None else {**self.sampling, "seed": seed_of(seed, self._answers)}
+
+    def _params(self) -> SamplingParams:
+        return parse(SamplingParams, self.sampling, "sampling")
 
     def _seen(self) -> tuple[Messages, int]:
         """What fits of the conversation, with room to answer; and how many of the oldest exchanges do not.
 
         The system message and the last message are always there, fitting or not.
         """
-        params = parse(SamplingParams, self.sampling, "sampling")
-        room = self._llm.context - min(params.max_new_tokens, self._llm.context // 2)
+        room = self._llm.context - min(self._params().max_new_tokens, self._llm.context // 2)
         begins = [number for number, message in enumerate(self.said) if message["role"] == "user"] or [0]
         for unseen in range(self._unseen, len(begins)):
             seen = [*self.system, *self.said[begins[unseen] if unseen else 0 :]]
@@ -133,9 +141,10 @@ class Conversation:
     def _forget(self, unseen: int) -> None:
         if unseen > self._unseen:
             stays = "; the system message stays" if self.system else ""
+            oldest = "first exchange" if unseen == 1 else f"first {unseen} exchanges"
             self.note(
                 f"[the conversation outgrew the {self._llm.context} tokens that this model takes: from here "
-                f"on it does not see the first {unseen} exchanges{stays}]"
+                f"on it does not see the {oldest}{stays}]"
             )
         self._unseen = unseen
 
@@ -147,10 +156,11 @@ class Conversation:
         return len(chats.render(self._llm.tokenizer, messages, self._template))
 
 
-def _figures(stream: Stream, wait: float, seconds: float) -> str:
+def _figures(stream: Stream, limit: int, wait: float, seconds: float) -> str:
     """How long an answer was, and how quick; the wait for its first token, which grows with the prompt."""
     if not stream.tokens:
         return "[stopped before the first token]"
     rate = f", {(stream.tokens - 1) / seconds:.1f} tokens/s" if stream.tokens > 1 and seconds > 0 else ""
-    ended = {"cancelled": "stopped; ", "length": "cut at its longest; "}.get(stream.finish_reason or "", "")
+    cut = "cut at max_new_tokens; " if stream.tokens == limit else "cut where the context is full; "
+    ended = {"cancelled": "stopped; ", "length": cut}.get(stream.finish_reason or "", "")
     return f"[{ended}{stream.tokens} tokens{rate}, the first after {wait:.2f} s]"

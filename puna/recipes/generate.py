@@ -2,45 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from puna.engine.completion import Completion
 from puna.engine.llm import LLM
 from puna.engine.params import SamplingParams, TokenLogprobs
+from puna.errors import PunaError
+from puna.recipes.sampling_options import chosen_seed, seed_of
 from puna.settings import parse
 
 Write = Callable[[str], None]
 
 
-def generate(llm: LLM, prompts: list[str], sampling: dict[str, Any], write: Write) -> dict[str, Any]:
-    """Continue each prompt; a single answer streams as it is made.
+def generate(
+    llm: LLM, prompts: list[str], sampling: Mapping[str, Any], write: Write, note: Write
+) -> dict[str, Any]:
+    """Continue each prompt; a single answer streams as it is made. `note` takes what a user should know.
 
     Raises:
         InputError: impossible sampling settings, or a prompt that does not fit.
     """
     params = parse(SamplingParams, sampling, "sampling")
-    several = len(prompts) > 1 or params.n > 1 or params.best_of is not None
-    if several or params.logprobs is not None or params.prompt_logprobs is not None:
-        return _all_at_once(llm, prompts, sampling, write)
-    answer = llm.stream(prompts[0], **sampling)  # says what is wrong before anything is written
-    write(prompts[0])
-    pieces = []
-    for piece in answer:
+    first = chosen_seed(params.seed)
+    each = [{**sampling, "seed": seed_of(first, number)} for number in range(1, len(prompts) + 1)]
+    alone = len(prompts) == 1 and max(params.n, params.best_of or 1) == 1
+    if alone:
+        completions = [_streamed(llm, prompts[0], each[0], write)]
+    else:
+        completions = _together(llm, prompts, each, write)
+    records = []
+    for number, (prompt, own, completion) in enumerate(zip(prompts, each, completions, strict=True), 1):
+        which = "" if len(prompts) == 1 else f"prompt {number}: "
+        for remark in remarks(completion, params):
+            note(f"note: {which}{remark}")
+        records.append({"prompt": prompt, "seed": own["seed"], **answered(completion)})
+    return {"completions": records}
+
+
+def _streamed(llm: LLM, prompt: str, sampling: dict[str, Any], write: Write) -> Completion:
+    stream = llm.stream(prompt, **sampling)  # says what is wrong before anything is written
+    write(prompt)
+    for piece in stream:
         write(piece)
-        pieces.append(piece)
     write("\n")
-    text = "".join(pieces)
-    return {"completions": [{"prompt": prompts[0], "text": text, "finish_reason": answer.finish_reason}]}
+    return stream.completion()
 
 
-def _all_at_once(llm: LLM, prompts: list[str], sampling: dict[str, Any], write: Write) -> dict[str, Any]:
-    completions = llm.generate(prompts, **sampling)
+def _together(llm: LLM, prompts: list[str], each: list[dict[str, Any]], write: Write) -> list[Completion]:
+    done: dict[int, Completion] = {}
+    for number, outcome in llm.completions(zip(prompts, each, strict=True)):
+        if isinstance(outcome, PunaError):
+            raise outcome
+        done[number] = outcome
+    completions = [done[number] for number in range(len(prompts))]
     for prompt, completion in zip(prompts, completions, strict=True):
         for one in (completion, *completion.alternatives):
             write(f"{prompt}{one.text}\n{'-' * 40}\n")
-    answers = zip(prompts, completions, strict=True)
-    return {"completions": [{"prompt": prompt, **answered(completion)} for prompt, completion in answers]}
+    return completions
+
+
+def remarks(completion: Completion, params: SamplingParams) -> Iterator[str]:
+    """What an answer does not show by itself."""
+    if completion.dropped:
+        yield f"the prompt was too long; its oldest {completion.dropped:,} tokens were left out"
+    for one in (completion, *completion.alternatives):
+        if is_incomplete(one, params):
+            yield (
+                f"the answer was cut at {len(one.tokens):,} tokens, before it was complete; raise "
+                "max_new_tokens, or bind it closer"
+            )
+
+
+def is_incomplete(completion: Completion, params: SamplingParams) -> bool:
+    """Whether the limit cut an answer that a constraint says the whole form of."""
+    return params.constrained and completion.finish_reason == "length"
 
 
 def answered(completion: Completion) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import secrets
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,9 +18,9 @@ from puna.errors import DataError, Interrupted, PunaError, SettingsError
 from puna.formats.huggingface.safetensors_writer import payload
 from puna.progress import Track, Tracker, quantity
 from puna.recipes.answer_files import AnswerFile, Record, answer_file, as_line, record_of, refuse_existing
-from puna.recipes.generate import answered
+from puna.recipes.generate import answered, is_incomplete
 from puna.recipes.prompt_files import STANDARD, PromptLine, Survey, read_prompts, survey
-from puna.recipes.sampling_options import SamplingOptions, seed_for
+from puna.recipes.sampling_options import SamplingOptions, chosen_seed, seed_of
 from puna.settings import parse
 
 Write = Callable[[str], None]
@@ -45,10 +44,16 @@ class FileJob:
 
 @dataclass
 class Tally:
-    """What was done; a resumed run counts the lines of those before it, and its own tokens and seconds."""
+    """What was done; a resumed run counts the lines of those before it, and all else of its own.
+
+    `shortened` are prompts whose oldest tokens were left out, `incomplete` answers that have a constraint and
+    were cut before they satisfied it.
+    """
 
     lines: int = 0
     failed: int = 0
+    shortened: int = 0
+    incomplete: int = 0
     tokens: int = 0
     seconds: float = 0.0
 
@@ -57,17 +62,25 @@ class Tally:
         """Tokens per second."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
+    def __str__(self) -> str:
+        parts = [f"{self.tokens:,} tokens, {quantity(self.rate)} tokens/s", f"{self.failed:,} lines failed"]
+        if self.shortened:
+            parts.append(f"{self.shortened:,} prompts were too long and lost their oldest tokens")
+        if self.incomplete:
+            parts.append(f"{self.incomplete:,} constrained answers were cut before they were complete")
+        return "; ".join(parts)
+
 
 def generate_file(job: FileJob, open_llm: Callable[[], LLM], write: Write, track: Track) -> dict[str, Any]:
     """Answer every line, in the order they finish; return the tally.
 
-    An answer depends on nothing but its line, the settings and the model: where the line has no seed, its own
-    is made of the settings' and its number. So a run that was killed and resumed leaves the same lines as one
-    that was not. What is wrong with a line is told in the place of its answer, and harms no other.
+    An answer depends on nothing but its line, the settings and the model: where line k has no seed of its own
+    it is the settings' + k - 1. So a run that was killed and resumed leaves the same lines as one that was
+    not. What is wrong with a line is told in the place of its answer, and harms no other.
 
     Raises:
         InputError: the files, the settings or the model cannot be used.
-        Interrupted: Ctrl-C; what is answered is kept.
+        Interrupted: Ctrl-C or SIGTERM; what is answered is kept.
     """
     _refuse_impossible(job)
     found = None if job.prompts == STANDARD else survey(job.prompts)
@@ -80,15 +93,16 @@ def generate_file(job: FileJob, open_llm: Callable[[], LLM], write: Write, track
             record = _record(job, llm, seed, found)
             file = stack.enter_context(answer_file(Path(job.out), record, job.resume))
         tracker = stack.enter_context(track("Answering", found.lines if found else 0, "lines"))
+        if file is not None and found is not None and file.done:
+            tracker.say(_resumed(file, found.lines))
         work = _Work(job, llm, seed, file, write, tracker)
         try:
             work.run()
-        except KeyboardInterrupt:
-            raise Interrupted(signal.SIGINT, f"stopped; {_kept(file)}") from None
+        except (KeyboardInterrupt, SystemExit) as stop:
+            number = signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM
+            raise Interrupted(number, f"stopped; {_kept(file)}") from None
         tally = work.tally
-        tracker.say(
-            f"{tally.tokens:,} tokens, {quantity(tally.rate)} tokens/s; {tally.failed:,} lines failed"
-        )
+        tracker.say(str(tally))
     return {"seed": seed, **vars(tally), "tokens_per_second": tally.rate}
 
 
@@ -135,12 +149,18 @@ class _Work:
         common = dict(self._job.options.sampling)
         if any(name in line.sampling for name in CONSTRAINTS):
             common = {name: value for name, value in common.items() if name not in CONSTRAINTS}
-        return {**common, "seed": seed_for(self._seed, line.number), **line.sampling}
+        own = line.sampling.get("seed")
+        seed = seed_of(self._seed, line.number) if own is None else own
+        return {**common, **line.sampling, "seed": seed}
 
     def _answer(self, line: PromptLine, outcome: Completion | PunaError) -> None:
         tally = self.tally
         if isinstance(outcome, Completion):
-            self._put({**line.named, **line.asked, **answered(outcome)})
+            sampling = self._sampling(line)
+            self._put({**line.named, **line.asked, "seed": sampling["seed"], **answered(outcome)})
+            params = parse(SamplingParams, sampling, "sampling")
+            tally.shortened += outcome.dropped > 0
+            tally.incomplete += any(is_incomplete(one, params) for one in (outcome, *outcome.alternatives))
             tally.tokens += sum(len(one.tokens) for one in (outcome, *outcome.alternatives))
         else:
             self._put({**line.named, "error": str(outcome)})
@@ -165,8 +185,7 @@ def _seed(job: FileJob, known: Record | None) -> int:
     given: int | None = job.options.sampling.get("seed")
     if given is not None:
         return given
-    before = None if known is None else known.sampling.seed
-    return secrets.randbits(32) if before is None else before
+    return chosen_seed(None if known is None else known.sampling.seed)
 
 
 def _record(job: FileJob, llm: LLM, seed: int, found: Survey | None) -> Record:
@@ -194,6 +213,17 @@ def fingerprint(llm: LLM) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(payload(tensor.flatten()[:: max(1, tensor.numel() // PROBED)]))
     return digest.hexdigest()
+
+
+def _resumed(file: AnswerFile, lines: int) -> str:
+    """What a resumed run finds."""
+    done = len(file.done)
+    failed = f", {file.failed:,} of them with an error" if file.failed else ""
+    return (
+        f"all {done:,} lines are answered already{failed}"
+        if done == lines
+        else f"{done:,} of {lines:,} lines are answered already{failed}"
+    )
 
 
 def _kept(file: AnswerFile | None) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
+import math
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
@@ -20,6 +22,8 @@ from puna.errors import DataError, nearest
 STANDARD = "-"  # standard input or output
 FIELDS = ("id", "prompt", "messages", *SamplingParams.model_fields)
 """What a line of JSON may have."""
+MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
+"""The first bytes of what is compressed (RFC 1952, RFC 8878), for a stream, which has no name to tell by."""
 DEEPEST = 64  # levels of messages: what renders them calls itself for each
 
 
@@ -80,11 +84,18 @@ def read_prompts(name: str) -> Iterator[PromptLine]:
     standard input, in JSON lines.
 
     Raises:
-        DataError: the file is missing, of no known kind, or damaged.
+        DataError: the file is missing, of no known kind, or damaged; standard input is something else.
     """
     understand = _text_line if _kind(name) == ".txt" else _json_line
     with _opened(name) as stream:
+        begun = name != STANDARD
         for number, line in numbered_lines(stream):
+            if not begun and not line.lstrip().startswith(b"{"):
+                raise DataError(
+                    'standard input must be JSON lines, such as {"prompt": "Once"}; prompts in plain text '
+                    "are read from a .txt file, one in each line"
+                )
+            begun = True
             try:
                 yield understand(number, line)
             except Unreadable as fault:
@@ -101,8 +112,10 @@ def _text_line(number: int, line: bytes) -> PromptLine:
 def _json_line(number: int, line: bytes) -> PromptLine:
     record = parse_record(line)
     name = record.pop("id", None)
-    if not isinstance(name, str | int | float | None):
-        raise Unreadable(f"'id' must be text or a number, got {type(name).__name__}")
+    if not isinstance(name, str | int | float | None) or (
+        isinstance(name, float) and not math.isfinite(name)
+    ):
+        raise Unreadable(f"'id' must be text or a finite number, got {type(name).__name__}")
     return PromptLine(number, name, **_wishes(record))
 
 
@@ -111,16 +124,28 @@ def _wishes(record: dict[str, Any]) -> dict[str, Any]:
     prompt, messages = record.pop("prompt", None), record.pop("messages", None)
     unknown = next((key for key in record if key not in FIELDS), None)
     if unknown is not None:
-        return {"fault": f"unknown field {unknown!r}.{nearest(unknown, FIELDS)}"}
+        near = nearest(unknown, FIELDS)
+        return {"fault": f"unknown field {unknown!r}.{near or ' Fields: ' + ', '.join(FIELDS)}"}
     if (prompt is None) == (messages is None):
         return {"fault": "a line needs either 'prompt' or 'messages'"}
-    if not isinstance(prompt, str | list | None):
-        return {"fault": f"'prompt' must be text or a list of token ids, got {type(prompt).__name__}"}
-    if not isinstance(messages, list | None):
-        return {"fault": f"'messages' must be a list of messages, got {type(messages).__name__}"}
-    if _is_deeper(messages, DEEPEST):
-        return {"fault": f"'messages' is nested more than {DEEPEST} levels deep"}
+    fault = _fault_of_prompt(prompt) if messages is None else _fault_of_messages(messages)
+    if fault:
+        return {"fault": fault}
     return {"prompt": prompt, "messages": messages, "sampling": record}
+
+
+def _fault_of_prompt(prompt: Any) -> str:
+    ids = isinstance(prompt, list) and all(type(item) is int for item in prompt)
+    if isinstance(prompt, str) or ids:
+        return ""
+    held = "a list of something else" if isinstance(prompt, list) else type(prompt).__name__
+    return f"'prompt' must be text or a list of token ids, got {held}"
+
+
+def _fault_of_messages(messages: Any) -> str:
+    if not isinstance(messages, list) or not all(isinstance(item, dict) for item in messages):
+        return "'messages' must be a list of messages, objects with a role and content"
+    return f"'messages' is nested more than {DEEPEST} levels deep" if _is_deeper(messages, DEEPEST) else ""
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
@@ -132,21 +157,25 @@ def _is_deeper(value: Any, levels: int) -> bool:
 def _opened(name: str) -> Iterator[IO[bytes]]:
     """The bytes of a file as they were before compression."""
     kind = _kind(name)
-    if name == STANDARD:
-        yield sys.stdin.buffer
-        return
-    if kind not in (".jsonl", ".ndjson", ".json", ".txt"):
+    if name != STANDARD and kind not in (".jsonl", ".ndjson", ".json", ".txt"):
         raise DataError(
             f"{name}: prompts are read from .jsonl or .txt files, or those compressed (.gz, .zst)"
         )
-    suffix = Path(name).suffix.lower()
+    shown = "standard input" if name == STANDARD else name
     try:
-        with Path(name).open("rb") as raw:
+        with contextlib.nullcontext(sys.stdin.buffer) if name == STANDARD else Path(name).open("rb") as raw:
+            suffix = _compression(raw) if name == STANDARD else Path(name).suffix.lower()
             yield DECOMPRESSORS[suffix](raw) if suffix in DECOMPRESSORS else raw
     except OSError as error:
-        raise DataError(f"{name}: cannot be read: {error.strerror or error}") from None
+        raise DataError(f"{shown}: cannot be read: {error.strerror or error}") from None
     except (EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise DataError(f"{name}: damaged: {error}") from None
+        raise DataError(f"{shown}: damaged: {error}") from None
+
+
+def _compression(stream: IO[bytes]) -> str:
+    """The suffix that a file of such bytes would have; they stay to be read."""
+    beginning = stream.peek(4) if isinstance(stream, io.BufferedReader) else b""
+    return next((suffix for magic, suffix in MAGIC.items() if beginning.startswith(magic)), "")
 
 
 def _kind(name: str) -> str:

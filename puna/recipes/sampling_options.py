@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,11 @@ def sampling_options(
     *,
     json_schema: str | None = None,
     grammar: Path | None = None,
+    several: bool = True,
 ) -> SamplingOptions:
     """Options, `key=value` changes (`engine.` begins the engine's), and constraints that files may hold.
+
+    `several`: whether more than one answer to a prompt may be asked for.
 
     Raises:
         SettingsError: an impossible or unknown setting, or a file that cannot be read.
@@ -44,13 +47,26 @@ def sampling_options(
     engine = values.pop("engine", {})
     if not isinstance(engine, dict):
         raise SettingsError(f"engine is a table: write engine.key=value, got engine={engine!r}")
-    parse(SamplingParams, values, "sampling")
+    params = parse(SamplingParams, values, "sampling")
+    if not several:
+        refuse_several(params)
     return SamplingOptions(values, parse(EngineSettings, engine, "engine"))
 
 
-def seed_for(seed: int, number: int) -> int:
-    """The seed of one of many answers: they differ, and each can be made again alone."""
-    return int.from_bytes(blake2b(f"{seed} {number}".encode(), digest_size=8).digest(), "big") >> 1
+def chosen_seed(given: int | None) -> int:
+    """The seed that was given, or a new one: so an answer's record can always say how it was made."""
+    return secrets.randbits(32) if given is None else given
+
+
+def seed_of(first: int, number: int) -> int:
+    """The seed of prompt, line or answer `number`, counted from 1: each can be made again alone."""
+    return (first + number - 1) % 2**63
+
+
+def refuse_several(params: SamplingParams) -> None:
+    """Raises SettingsError where more than one answer is asked for, which a conversation has no place for."""
+    if max(params.n, params.best_of or 1) > 1:
+        raise SettingsError("n and best_of must be 1 in a conversation, whose next answer is one; see /retry")
 
 
 def _schema(text: str) -> Any:

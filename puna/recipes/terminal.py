@@ -29,14 +29,21 @@ def line_reader() -> Read:
         import readline
 
         readline.parse_and_bind("set enable-bracketed-paste on")  # Python turns it off
-    return _read_edited
+        return lambda prompt: _read_edited(prompt, readline.get_line_buffer)
+    return lambda prompt: _read_edited(prompt, lambda: "")
 
 
-def _read_edited(prompt: str) -> str | None:
+def _read_edited(prompt: str, typed: Callable[[], str]) -> str | None:
+    """A line; "" where Ctrl-C cleared what was `typed` of one."""
     try:
         return input(prompt)
     except EOFError:
         return None
+    except KeyboardInterrupt:
+        if not typed():
+            raise
+        print()
+        return ""
 
 
 def _read_plainly(prompt: str) -> str | None:
@@ -46,6 +53,11 @@ def _read_plainly(prompt: str) -> str | None:
     return line.rstrip("\r\n") if line else None
 
 
+def is_person() -> bool:
+    """Whether somebody types, rather than that a file or a program is the input."""
+    return sys.stdin.isatty()
+
+
 def note(text: str, end: str = "\n") -> None:
     """A remark of the program's: on standard error, so that standard output holds answers alone."""
     dim, plain = (DIM, PLAIN) if sys.stderr.isatty() else ("", "")
@@ -53,13 +65,23 @@ def note(text: str, end: str = "\n") -> None:
 
 
 def read_message(read: Read) -> str | None:
-    '''A line, or what stands between a line that begins with """ and one that ends with it.'''
+    '''A line, or what stands between a line that begins with """ and one that ends with it.
+
+    Ctrl-C clears what is typed of a message: then it is empty.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C where nothing of a message is typed.
+    '''
     line = read("\nyou> ")
     if line is None or not line.lstrip().startswith(QUOTES):
         return line
     lines = [line.lstrip().removeprefix(QUOTES)]
     while not lines[-1].rstrip().endswith(QUOTES):
-        more = read("...> ")
+        try:
+            more = read("...> ")
+        except KeyboardInterrupt:
+            note("\n[cleared]")
+            return ""
         if more is None:
             return "\n".join(lines)
         lines.append(more)

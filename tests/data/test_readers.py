@@ -146,6 +146,16 @@ def test_what_is_not_text_is_skipped_and_counted(tmp_path):
     assert report.bytes_read == sum(path.stat().st_size for path in tmp_path.iterdir())
 
 
+def test_a_zstandard_file_that_was_cut_is_no_whole_one(tmp_path):
+    (tmp_path / "whole.txt").write_text("fine")
+    whole = zstandard.compress(json_lines({"text": "kept"}) * 5000)
+    for cut in (len(whole) - 3, len(whole) // 2):
+        (tmp_path / "x.jsonl.zst").write_bytes(whole[:cut])
+        report = ReadReport()
+        pairs(tmp_path, report=report)
+        assert "ends within a compressed frame" in report.faults[-1]
+
+
 def test_a_separator_divides_a_text(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "CHUNK", 5)  # so that separators straddle chunks
     text = "one\ntwo\n<|end|>\n\nthree ü\n<|end|><|end|>\nfour<|end|>\n"

@@ -15,6 +15,7 @@ from puna.engine.llm import LLM, Request
 from puna.engine.sampling import SamplingParams
 from puna.engine.settings import EngineSettings
 from puna.errors import InputError, ModelError, PunaError, ResourceError, SettingsError
+from puna.kernels.choosing import _compiled
 from puna.kernels.pages import BLOCK
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
@@ -317,6 +318,13 @@ def test_long_contexts_with_every_scaling_equal_transformers(name: str, tmp_path
         assert LLM(model).context == 320
     for row, entry in enumerate(answer.logprobs):
         assert entry.logprob == pytest.approx(expected[row, entry.token].item(), abs=2e-4)
+
+
+def test_all_is_compiled_when_an_engine_is_made(model: Llama) -> None:
+    """Not at the first token, which somebody waits for."""
+    _compiled.cache_clear()
+    engine_of(model)
+    assert _compiled.cache_info().currsize == 1
 
 
 # Memory.

@@ -491,6 +491,12 @@ def test_a_row_that_may_choose_nothing_fails_alone(temperature: float) -> None:
     assert fine == Choice(0)
 
 
+def test_a_row_that_could_only_end_too_early_is_told_what_to_loosen() -> None:
+    (failed,) = choose(torch.zeros(1, 5), [state_of(ends=tuple(range(5)), min_new_tokens=2)])
+    assert isinstance(failed, ModelError)
+    assert all(name in str(failed) for name in ("constraint", "min_new_tokens", "logit_bias"))
+
+
 def test_no_rows_no_choices() -> None:
     assert choose(torch.zeros(0, 5), []) == []
 

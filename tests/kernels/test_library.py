@@ -50,6 +50,21 @@ def test_another_source_is_another_library(source: Path, tmp_path: Path) -> None
 
 
 @needs_compiler
+def test_another_header_is_another_library(source: Path, tmp_path: Path) -> None:
+    """Headers lie beside the source; what they held before is never found for what they hold now."""
+    header = tmp_path / "number.hpp"
+    header.write_text("constexpr int NUMBER = 42;\n")
+    source.write_text('#include "number.hpp"\nextern "C" int answer() { return NUMBER; }\n')
+    assert answer(built(source, tmp_path / "kept")) == 42
+    assert built(source, tmp_path / "kept").seconds == 0
+    header.write_text("constexpr int NUMBER = 43;\n")
+    assert answer(built(source, tmp_path / "kept")) == 43
+    header.write_text("constexpr int NUMBER = 42;\n")
+    again = built(source, tmp_path / "kept")
+    assert answer(again) == 42 and again.seconds == 0
+
+
+@needs_compiler
 @pytest.mark.parametrize("damage", ["cut", "changed", "no sum"])
 def test_a_damaged_library_is_built_again(source: Path, tmp_path: Path, damage: str) -> None:
     built(source, tmp_path / "kept")

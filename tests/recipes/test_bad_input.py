@@ -121,13 +121,13 @@ def opened(run: Path) -> LLM:
 def test_generate_writes_nothing_before_it_knows(finished: tuple[Path, dict[str, Any]]) -> None:
     written: list[str] = []
     with pytest.raises(SettingsError, match="top_p"):
-        generate(opened(finished[0]), ["hi"], {"top_p": 1.5}, written.append)
+        generate(opened(finished[0]), ["hi"], {"top_p": 1.5}, written.append, written.append)
     assert written == []
 
 
 def test_generate_gives_the_logprobs_asked_for(finished: tuple[Path, dict[str, Any]]) -> None:
     sampling = {"logprobs": 2, "max_new_tokens": 3, "temperature": 0.0}
-    result = generate(opened(finished[0]), ["the"], sampling, lambda text: None)
+    result = generate(opened(finished[0]), ["the"], sampling, lambda text: None, str)
     [completion] = json.loads(json.dumps(result))["completions"]
     assert [entry["token"] for entry in completion["logprobs"]] == completion["tokens"]
     assert all(entry["top"][0] == [entry["token"], entry["logprob"]] for entry in completion["logprobs"])

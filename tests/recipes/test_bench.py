@@ -23,9 +23,10 @@ from puna.plan import measure
 from puna.plan.measure import Peak, Reading
 from puna.progress import silent
 from puna.recipes import bench_figures
-from puna.recipes.bench import bench
+from puna.recipes.bench import WHATS, bench, explain
 from puna.recipes.bench_figures import Figure, Limits, PeakMemory, Repeat
 from puna.recipes.bench_generation import (
+    HEADINGS,
     DecodeSettings,
     PrefillSettings,
     _Bench,
@@ -231,6 +232,20 @@ def test_settings_come_from_a_file_and_the_command_line_wins(tmp_path: Path, dir
     (result,) = bench("prefill", ["prompt=[5]"], path, lambda line: None, silent)["results"]
     assert result["settings"]["prompt"] == [5]
     assert result["settings"]["engine"]["deterministic"] is False
+
+
+@pytest.mark.parametrize("what", WHATS)
+def test_the_help_names_every_setting_with_its_default_and_every_column(what: str) -> None:
+    rows = {
+        line.split()[0]: " ".join(line.split()[1:]) for line in explain(what).splitlines() if line[:2] == "  "
+    }
+    for name in WHATS[what].settings.model_fields:
+        assert any(row.partition(".")[0] == name for row in rows), name
+    assert rows["model"].startswith("puna-110m A preset")
+    assert rows["engine.step_tokens"].startswith("512")
+    assert rows["prompt"].startswith("64 Tokens" if what == "decode" else "[128, 512] Tokens")
+    assert all(len(text.split()) > 1 for name, text in rows.items() if "engine" not in name)
+    assert set(HEADINGS) <= set(rows)
 
 
 def test_a_presets_context_grows_with_what_is_measured() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
+import re
 import select
 import signal
 import sys
@@ -20,7 +22,7 @@ from puna.engine.llm import LLM
 from puna.engine.settings import EngineSettings
 from puna.errors import InputError, TokenizerError
 from puna.recipes.chat import chat
-from puna.recipes.sampling_options import seed_for
+from puna.recipes.sampling_options import seed_of
 from puna.recipes.terminal import line_reader, read_message
 
 TEMPLATE = "{% for message in messages %}{{ message.role[0] }}:{{ message.content }}\n{% endfor %}"
@@ -70,7 +72,7 @@ def said(llm: LLM, messages: list[tuple[str, str]], answer: int, **changes: Any)
     return llm.chat(
         [{"role": role, "content": content} for role, content in messages],
         template=TEMPLATE,
-        **{**sampling, "seed": seed_for(sampling["seed"], answer)},
+        **{**sampling, "seed": seed_of(sampling["seed"], answer)},
     ).text
 
 
@@ -85,7 +87,7 @@ def test_each_answer_follows_everything_said_before(llm: LLM) -> None:
 
 def test_the_figures_tell_tokens_speed_and_the_wait(llm: LLM) -> None:
     [figures] = Talk(llm, ["the llama"], sampling={**SAMPLING, "ignore_eos": True}).notes
-    assert figures.startswith("[cut at its longest; 8 tokens, ")
+    assert figures.startswith("[cut at max_new_tokens; 8 tokens, ")
     words = figures.strip("[]").split()
     assert float(words[words.index("tokens/s,") - 1]) > 0
     assert figures.endswith(" s]")
@@ -103,15 +105,80 @@ def test_settings_change_between_answers(llm: LLM) -> None:
     assert talk.remarks[-1] == "[max_new_tokens 8, temperature 1.5, seed 4]"
 
 
+def test_a_setting_without_a_value_is_the_command_lines_again(llm: LLM) -> None:
+    typed: list[str | type[BaseException]] = [
+        "/set temperature 0",
+        "/set temperature",
+        "/set max_new_tokens 3",
+    ]
+    talk = Talk(llm, [*typed, "/set max_new_tokens", "/set top_k 5", "/set top_k"])
+    assert (
+        talk.remarks[1] == talk.remarks[3] == talk.remarks[5] == "[max_new_tokens 8, temperature 0.9, seed 4]"
+    )
+
+
+def test_where_the_context_ends_it_says_so(llm: LLM) -> None:
+    """64 tokens; the message takes a few of them."""
+    sampling = {**SAMPLING, "max_new_tokens": 200, "ignore_eos": True}
+    [figures] = Talk(llm, ["grass"], sampling=sampling).notes
+    assert figures.startswith("[cut where the context is full; ")
+
+
+def test_only_a_person_is_greeted_and_after_what_can_fail(llm: LLM) -> None:
+    assert Talk(llm, [], person=True).notes == ["[/help tells the commands; Ctrl-D ends]"]
+    assert Talk(llm, [], person=False).notes == []
+    notes: list[str] = []
+    with pytest.raises(TokenizerError):
+        chat(llm, SAMPLING, system=None, template=None, start=None, read=str, write=str, note=notes.append,
+             person=True)  # fmt: skip
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("options", "typed", "code", "message"),
+    [
+        ([], "grass\n" + "the llama " * 60 + "\nwind\n", 2, "puna: 1 message could not be answered"),
+        ([], "grass\n/frobnicate\n", 0, None),
+        (["--set", "n=2"], "grass\n", 2, "puna: n and best_of must be 1 in a conversation"),
+    ],
+)
+def test_piped_messages_and_the_exit_code(
+    finished: tuple[Path, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    typed: str,
+    code: int,
+    message: str | None,
+) -> None:
+    from puna import cli
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    given = ["--template", TEMPLATE, "--device", "cpu", "--max-new-tokens", "4", *options]
+    monkeypatch.setattr(sys, "argv", ["puna", "chat", str(finished[0]), *given])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == code
+    err = capsys.readouterr().err
+    assert "/help tells" not in err
+    if message is not None:
+        assert err.splitlines()[-1].startswith(message)
+
+
 def test_commands_at_fault_change_nothing(llm: LLM, tmp_path: Path) -> None:
     (tmp_path / "there").write_text("mine")
     typed = {
         "/frobnicate": "no command /frobnicate. /help lists them",
-        "/rest": "no command /rest. Did you mean 'reset'?",
+        "/rest": "no command /rest. Did you mean '/reset'?",
         "/": "no command /.",
         "/set temprature 1": "Did you mean 'temperature'?",
         "/set temprature": "Did you mean 'temperature'?",
         "/set top_p=2": "'top_p'",
+        "/set zzzz": "unknown setting 'zzzz'. Settings here: max_new_tokens, ",
+        "/set n 2": "n and best_of must be 1 in a conversation",
+        "/set best_of=3": "n and best_of must be 1 in a conversation",
+        "/set engine.cache_dtype int8": "--set engine.KEY=VALUE",
+        "/set engine.cache_dtype=int8": "--set engine.KEY=VALUE",
         "/temperature warm": "'temperature'",
         "/retry": "nothing was said yet",
         "/save": "name a file: /save FILE",
@@ -208,6 +275,7 @@ def test_what_outgrows_the_context_is_forgotten_from_its_beginning(llm: LLM) -> 
         "[the conversation outgrew the 64 tokens that this model takes: from here on it does not see the "
         f"first {forgotten} exchanges; the system message stays]"
     )
+    assert any("does not see the first exchange;" in remark for remark in talk.remarks)
 
 
 def test_a_message_too_long_is_unsaid(llm: LLM) -> None:
@@ -271,6 +339,14 @@ def test_ctrl_c_where_one_types_is_taken_at_its_second(llm: LLM) -> None:
         Talk(llm, [KeyboardInterrupt, KeyboardInterrupt])
 
 
+def test_ctrl_c_in_a_message_only_clears_it(llm: LLM) -> None:
+    """And it is no second one: what was typed between the two counts."""
+    typed: list[str | type[BaseException]] = [KeyboardInterrupt, '"""a', "b", KeyboardInterrupt, "grass"]
+    assert Talk(llm, typed).answers == [said(llm, [("user", "grass")], 1)]
+    with pytest.raises(KeyboardInterrupt):
+        Talk(llm, ['"""a', KeyboardInterrupt, KeyboardInterrupt, KeyboardInterrupt])
+
+
 def test_without_a_template_it_says_so_before_anyone_types(llm: LLM) -> None:
     with pytest.raises(TokenizerError, match="no chat template"):
         Talk(llm, ["never read"], template=None)
@@ -301,8 +377,6 @@ def test_messages_of_several_lines(lines: list[str], messages: list[str | None])
 def test_piped_input_shows_no_prompt(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    import io
-
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\r\n\ntwo"))
     read = line_reader()
     assert [read("you> ") for _ in range(4)] == ["one", "", "two", None]
@@ -337,3 +411,34 @@ def _wait_for(terminal: int, enough: Callable[[bytes], bool], seconds: float = 3
         if select.select([terminal], [], [], 0.1)[0]:
             shown += os.read(terminal, 4096)
     return shown
+
+
+def test_ctrl_c_in_a_line_clears_it_and_in_an_empty_one_is_raised() -> None:
+    """Behind a terminal of our own."""
+    pytest.importorskip("readline")
+    program = (
+        "from puna.recipes.terminal import line_reader, note\n"
+        "read = line_reader()\n"
+        "while True:\n"
+        "    try: note(repr(read('you> ')))\n"
+        "    except KeyboardInterrupt: note('raised')\n"
+    )
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ["TERM"] = "xterm"
+        os.execv(sys.executable, [sys.executable, "-c", program])
+    _wait_for(terminal, lambda shown: b"you> " in shown)
+    for typed, answered in [
+        (b"one\n", rb"'one'.*you> $"),
+        (b"\x03", rb"raised.*you> $"),
+        (b"half", rb"half$"),
+        (b"\x03", rb"''.*you> $"),
+        (b"\x03", rb"raised.*you> $"),
+    ]:
+        time.sleep(0.2)  # Python overlooks a signal between the prompt and its waiting for keys
+        os.write(terminal, typed)
+        pattern = re.compile(answered, re.DOTALL)
+        _wait_for(terminal, lambda shown, pattern=pattern: bool(pattern.search(shown)))  # type: ignore[misc]
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(terminal)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ import zstandard
 
 import puna
 from puna.engine.llm import LLM
+from puna.engine.params import SamplingParams
 from puna.errors import DataError, InputError, Interrupted, ResourceError, RunBusyError, SettingsError
 from puna.progress import on_stderr, silent
 from puna.recipes import answer_files, generate_file
 from puna.recipes.generate import answered, generate
 from puna.recipes.generate_file import FileJob, fingerprint
 from puna.recipes.prompt_files import read_prompts
-from puna.recipes.sampling_options import sampling_options, seed_for
+from puna.recipes.sampling_options import sampling_options, seed_of
+from puna.settings import parse
 
 GIVEN = {"max_new_tokens": 12, "seed": 5, "temperature": 0.9}
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
@@ -73,12 +76,13 @@ def test_every_line_gets_the_answer_it_would_get_alone(llm: LLM, tmp_path: Path)
     assert [line["line"] for line in found] == list(range(1, len(LINES) + 1))
     for number, (asked, said) in enumerate(zip(LINES, found, strict=True), 1):
         own = {key: value for key, value in asked.items() if key not in ("prompt", "messages", "id")}
-        sampling = {**GIVEN, "seed": seed_for(5, number), **own}
+        sampling = {**GIVEN, "seed": seed_of(5, number), **own}
         if "messages" in asked:
             alone = llm.chat(asked["messages"], template=TEMPLATE, **sampling)
         else:
             alone = llm.generate(asked["prompt"], **sampling)
         named = {key: asked[key] for key in ("id", "prompt", "messages") if key in asked}
+        named["seed"] = sampling["seed"]
         assert said == json.loads(json.dumps({"line": number, **named, **answered(alone)}))
     assert [len(line.get("alternatives", ())) for line in found] == [0, 0, 0, 0, 0, 0, 1]
     assert (result["lines"], result["failed"]) == (7, 0)
@@ -93,7 +97,30 @@ def test_lines_differ_by_their_number_and_runs_by_their_seed(llm: LLM, tmp_path:
     texts = {name: [line["text"] for line in answers_in(tmp_path / name)] for name in "abc"}
     assert texts["a"] == texts["b"]
     assert len(set(texts["a"])) == 6
-    assert not set(texts["a"]) & set(texts["c"])
+    assert texts["a"][1:] == texts["c"][:5]  # seed 5's line 2 and seed 6's line 1 have the same numbers
+    assert [line["seed"] for line in answers_in(tmp_path / "c")] == [6, 7, 8, 9, 10, 11]
+
+
+def test_an_answer_can_be_made_again_by_the_seed_that_it_tells(llm: LLM, tmp_path: Path) -> None:
+    """Nobody gave one; and null in a line is as good as none."""
+    lines = [{"prompt": "the llama"}, {"prompt": "the llama", "seed": None}, {"prompt": "the llama"}]
+    unseeded = sampling_options({"max_new_tokens": 12})
+    answer(llm, FileJob(str(write_lines(tmp_path / "prompts.jsonl", lines)), str(tmp_path / "out"), unseeded))
+    found = answers_in(tmp_path / "out")
+    first = found[0]["seed"]
+    assert [line["seed"] for line in found] == [first, first + 1, first + 2]
+    for line in found:
+        alone = llm.generate("the llama", max_new_tokens=12, seed=line["seed"])
+        assert list(alone.tokens) == line["tokens"]
+    written: list[str] = []
+    for prompts in (["the llama"], ["the llama", "the llama"]):
+        result = generate(llm, prompts, {"max_new_tokens": 12}, written.append, written.append)
+        for record in result["completions"]:
+            alone = llm.generate("the llama", max_new_tokens=12, seed=record["seed"])
+            assert list(alone.tokens) == record["tokens"]
+    again = generate(llm, ["the llama"] * 3, {"seed": first, "max_new_tokens": 12}, str, str)["completions"]
+    assert [record["tokens"] for record in again] == [line["tokens"] for line in found]
+    assert seed_of(2**63 - 1, 2) == 0  # the largest there is begins anew
 
 
 def test_wherever_it_was_killed_it_goes_on_to_the_same_lines(llm: LLM, tmp_path: Path) -> None:
@@ -161,6 +188,9 @@ def test_killed_by_the_system_it_loses_no_line(llm: LLM, tmp_path: Path) -> None
 
 
 FAULTS: list[tuple[bytes, str]] = [
+    (b'{"prompt": [true]}', "a list of something else"),
+    (b'{"messages": [1]}', "objects with a role and content"),
+    (b'{"prompt": "x", "id": NaN}', "finite number"),
     (b'{"prompt": "x"', "not JSON"),
     (b'["x"]', "expected an object, got list"),
     (b'{"prompt": "x", "temprature": 1}', "unknown field 'temprature'. Did you mean 'temperature'?"),
@@ -173,14 +203,17 @@ FAULTS: list[tuple[bytes, str]] = [
     (b'{"messages": []}', ""),
     (b'{"messages": [' + b"[" * 500 + b"]" * 500 + b"]}", ""),
     (b'{"messages": [{"role": "user", "content": ' + b"[" * 400 + b"]" * 400 + b"}]}", "nested"),
-    (b'{"prompt": "x", "id": []}', "'id' must be text or a number, got list"),
+    (b'{"prompt": "x", "id": []}', "'id' must be text or a finite number, got list"),
     (b'{"prompt": [1, 999999]}', "999999 is not in the model's vocabulary"),
     (b'{"prompt": ["a", "b"]}', "token ids"),
     (b'{"prompt": []}', "empty"),
     (b'{"prompt": "x", "temperature": -1}', "'temperature'"),
     (b'{"prompt": "x", "temperature": NaN}', "'temperature'"),
     (b'{"prompt": "' + b"the llama " * 400 + b'"}', "tokens; this model takes"),
-    (b'\xff{"prompt": "x"}', "not JSON"),
+    (b'\xff{"prompt": "x"}', "the line is not UTF-8: byte 0"),
+    (b'{"prompt": "x\xff"}', "the line is not UTF-8: byte 13"),
+    ('{"prompt": "x"}'.encode("utf-16-le"), "not JSON"),
+    (b'{"zzzz": 1}', "unknown field 'zzzz'. Fields: id, prompt, messages, max_new_tokens, "),
 ]
 
 
@@ -196,11 +229,56 @@ def test_a_line_at_fault_says_so_and_harms_no_other(llm: LLM, tmp_path: Path) ->
         assert message in said["error"], line
         assert set(said) <= {"line", "id", "error"}
         beside = 4 + 2 * number
-        alone = llm.generate("the llama", **{**GIVEN, "seed": seed_for(5, beside)})
+        alone = llm.generate("the llama", **{**GIVEN, "seed": seed_of(5, beside)})
         assert found[beside]["tokens"] == list(alone.tokens)
     assert (result["failed"], result["lines"]) == (len(FAULTS), 2 * len(FAULTS) + 1)
     # They are answers too: what is done is not done again, and counted still.
     assert answer(llm, job_of(prompts, tmp_path / "out.jsonl", resume=True))["failed"] == len(FAULTS)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_answers_are_kept_in_a_regular_file_only(llm: LLM, tmp_path: Path, kind: str) -> None:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "x"}\n')
+    if kind == "pipe":
+        os.mkfifo(out)
+    else:
+        out.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="no regular file"):
+        answer(llm, job_of(prompts, out))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "prompts.jsonl"]
+
+
+def piped(data: bytes) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BufferedReader(io.BytesIO(data)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
+def test_what_is_piped_may_be_compressed(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, pack: Callable[[bytes], bytes]
+) -> None:
+    data = b"".join(json.dumps({"prompt": f"the llama {number}"}).encode() + b"\n" for number in range(5))
+    monkeypatch.setattr(sys, "stdin", piped(pack(data)))
+    written: list[str] = []
+    assert answer(llm, job_of("-", "-"), written.append)["failed"] == 0
+    assert {json.loads(line)["prompt"] for line in written} == {f"the llama {number}" for number in range(5)}
+
+
+def test_what_is_piped_and_damaged_is_told(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", piped(gzip.compress(b'{"prompt": "x"}\n' * 999)[:-9]))
+    with pytest.raises(DataError, match="standard input: damaged"):
+        answer(llm, job_of("-", "-"), lambda line: None)
+
+
+@pytest.mark.parametrize("data", [b"Once upon a time\nThe end\n", b"\n[1, 2]\n", "Once\n".encode("utf-16")])
+def test_what_is_piped_and_no_json_is_told_once(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, data: bytes
+) -> None:
+    monkeypatch.setattr(sys, "stdin", piped(data))
+    with pytest.raises(DataError, match="standard input must be JSON lines"):
+        answer(llm, job_of("-", "-"), lambda line: pytest.fail("answered"))
+    monkeypatch.setattr(sys, "stdin", piped(b'{"prompt": "x"}\nplain\n'))
+    assert answer(llm, job_of("-", "-"), lambda line: None)["failed"] == 1
 
 
 @pytest.mark.parametrize("name", ["p.jsonl.gz", "p.ndjson.zst", "p.txt", "p.txt.gz", "-"])
@@ -211,7 +289,7 @@ def test_prompts_may_be_compressed_plain_or_piped(
     lines = [text if ".txt" in name else json.dumps({"prompt": text}) for text in texts]
     data = "\r\n".join(lines).encode()
     if name == "-":
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        monkeypatch.setattr(sys, "stdin", piped(data))
     packed = {".gz": gzip.compress, ".zst": zstandard.compress}.get(Path(name).suffix, bytes)(data)
     (tmp_path / name).write_bytes(packed)
     written: list[str] = []
@@ -220,7 +298,7 @@ def test_prompts_may_be_compressed_plain_or_piped(
     asked = texts if ".txt" not in name else ["the llama", "grass", "wind"]
     assert [line["prompt"] for line in found] == asked
     assert found[-1]["line"] == 4
-    assert found[1]["tokens"] == list(llm.generate("grass", **{**GIVEN, "seed": seed_for(5, 2)}).tokens)
+    assert found[1]["tokens"] == list(llm.generate("grass", **{**GIVEN, "seed": seed_of(5, 2)}).tokens)
 
 
 REFUSED: list[tuple[str, bytes, str]] = [
@@ -311,7 +389,11 @@ def test_a_full_disk_leaves_whole_lines_to_go_on_from(
     assert answers_in(out) == answers_in(tmp_path / "whole.jsonl")
 
 
-def test_ctrl_c_keeps_what_is_answered(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
+def test_ctrl_c_keeps_what_is_answered(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException, code: int
+) -> None:
+    """And so does SIGTERM, which the door makes a SystemExit of."""
     prompts, out = write_lines(tmp_path / "prompts.jsonl"), tmp_path / "out.jsonl"
     put = answer_files.AnswerFile.put
     count = itertools.count(1)
@@ -319,13 +401,13 @@ def test_ctrl_c_keeps_what_is_answered(llm: LLM, tmp_path: Path, monkeypatch: py
     def interrupted(file: answer_files.AnswerFile, line: dict[str, Any]) -> None:
         put(file, line)
         if next(count) == 3:
-            raise KeyboardInterrupt
+            raise stop
 
     with monkeypatch.context() as patched:
         patched.setattr(answer_files.AnswerFile, "put", interrupted)
         with pytest.raises(Interrupted, match="--resume") as raised:
             answer(llm, job_of(prompts, out))
-    assert raised.value.exit_code == 130
+    assert raised.value.exit_code == code
     assert len(answers_in(out)) == 3
     assert answer(llm, job_of(prompts, out, resume=True))["lines"] == 7
 
@@ -398,12 +480,16 @@ def test_options_are_checked_before_a_model_is_opened(tmp_path: Path) -> None:
     options = sampling_options({"top_p": 0.5}, ["typical_p=0.9", "engine.cache_dtype=int8", "stop=a b"])
     assert options.sampling == {"top_p": 0.5, "typical_p": 0.9, "stop": "a b"}
     assert options.engine.cache_dtype == "int8"
+    assert sampling_options({}, ["choice=yes"]).sampling == {"choice": "yes"}
+    assert sampling_options({}, ['logit_bias={"410": 5}']).sampling == {"logit_bias": {"410": 5}}
+    assert parse(SamplingParams, {"choice": "yes"}) == parse(SamplingParams, {"choice": ["yes"]})
     for changes, message in (
         (["temprature=1"], "Did you mean 'temperature'"),
         (["engine.cache_dtyp=int8"], "Did you mean 'cache_dtype'"),
         (["engine=3"], "engine is a table"),
         (["top_k"], "expected key=value"),
         (["top_k=-1"], "'top_k'"),
+        (['logit_bias={"410": }'], "expected a table"),
     ):
         with pytest.raises(SettingsError, match=message):
             sampling_options({}, changes)
@@ -414,7 +500,7 @@ def test_options_are_checked_before_a_model_is_opened(tmp_path: Path) -> None:
 
 def test_several_answers_are_all_shown(llm: LLM) -> None:
     written: list[str] = []
-    result = generate(llm, ["the llama"], {"n": 3, "seed": 1, "max_new_tokens": 6}, written.append)
+    result = generate(llm, ["the llama"], {"n": 3, "seed": 1, "max_new_tokens": 6}, written.append, str)
     [completion] = result["completions"]
     texts = [completion["text"], *(other["text"] for other in completion["alternatives"])]
     assert len(set(texts)) == 3
@@ -426,7 +512,11 @@ def test_several_answers_are_all_shown(llm: LLM) -> None:
     [
         ([], "give either --prompt TEXT"),
         (["--prompt", "x", "--prompts", "p.jsonl"], "give either --prompt TEXT"),
-        (["--prompt", "x", "--out", "o.jsonl"], "--out and --resume go with --prompts"),
+        (["--prompt", "x", "--out", "o.jsonl"], "--out, --resume and --template go with --prompts"),
+        (["--prompt", "x", "--template", "llama3"], "--out, --resume and --template go with --prompts"),
+        (["--prompt", "x", "--logprobs", "2"], "shown in JSON alone; add --json, or give --prompts"),
+        (["--prompt", "x", "--set", "prompt_logprobs=2"], "shown in JSON alone; add --json"),
+        (["--prompt", "x", "--set", "zzzz=2"], "unknown setting 'zzzz'. Settings here: max_new_tokens, "),
         (["--prompts", "p.jsonl", "--resume"], "--resume needs files"),
         (["--prompts", "-", "--out", "o.jsonl", "--resume"], "--resume needs files"),
         (["--prompts", "p.jsonl", "--out", "o.jsonl.gz"], "plain JSON lines"),
@@ -475,3 +565,75 @@ def test_an_input_error_of_the_model_ends_the_run_in_one_line(tmp_path: Path) ->
     with pytest.raises(InputError, match="no model here"):
         generate_file.generate_file(job_of(prompts, tmp_path / "out"), broken, print, silent)
     assert not (tmp_path / "out").exists()
+
+
+def test_one_answer_has_the_record_that_several_have(llm: LLM) -> None:
+    """Streamed, as one of many, and in a file: the same fields and values."""
+    asked = {"max_new_tokens": 5, "seed": 3, "logprobs": 1, "overflow": "truncate"}
+    long = "the llama " * 200
+    streamed = generate(llm, [long], asked, str, str)["completions"]
+    together = generate(llm, [long, "x"], asked, str, str)["completions"]
+    assert streamed[0] == together[0]
+    assert list(together[1]) == ["prompt", "seed", "text", "tokens", "finish_reason", "logprobs"]
+    alone = llm.generate(long, **asked)
+    assert alone.dropped > 0
+    assert streamed == [{"prompt": long, "seed": 3, **answered(alone)}]
+    assert streamed[0]["dropped"] == alone.dropped
+    assert list(alone.tokens) == streamed[0]["tokens"]
+
+
+def test_lost_prompt_tokens_and_cut_constraints_are_told(llm: LLM, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    long, notes = "the llama " * 200, list[str]()
+    dropped = llm.generate(long, max_new_tokens=5, overflow="truncate").dropped
+    lost = f"the prompt was too long; its oldest {dropped:,} tokens were left out"
+    cut = "the answer was cut at 5 tokens, before it was complete; raise max_new_tokens, or bind it closer"
+    asked = {"max_new_tokens": 5, "seed": 3, "overflow": "truncate"}
+    generate(llm, [long], asked, str, notes.append)
+    assert notes == [f"note: {lost}"]
+    notes.clear()
+    bound = {**asked, "regex": "[a-z]{40}"}
+    generate(llm, ["x"], bound, str, notes.append)
+    generate(llm, ["x", long], {**bound, "n": 2}, str, notes.append)
+    cuts = [f"note: prompt 1: {cut}"] * 2
+    assert notes == [
+        f"note: {cut}",
+        *cuts,
+        f"note: prompt 2: {lost}",
+        *(line.replace("1", "2") for line in cuts),
+    ]
+    notes.clear()
+    generate(llm, ["x"], {**asked, "choice": ["yes", "no"]}, str, notes.append)
+    generate(llm, ["x"], asked, str, notes.append)  # no constraint: an answer is as long as one likes
+    assert notes == []
+    lines = [{"prompt": "x", "regex": "[a-z]{40}"}, {"prompt": "x"}, {"prompt": long, "overflow": "truncate"}]
+    result = answer(llm, job_of(write_lines(tmp_path / "p.jsonl", lines), "-", max_new_tokens=5), str)
+    assert (result["shortened"], result["incomplete"], result["failed"]) == (1, 1, 0)
+
+
+def test_a_resumed_run_says_what_is_there(
+    llm: LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, out = write_lines(tmp_path / "prompts.jsonl", [*LINES, {"prompt": 3}]), tmp_path / "out.jsonl"
+    answer(llm, job_of(prompts, out))
+    again = job_of(prompts, out, resume=True)
+    generate_file.generate_file(again, lambda: llm, print, on_stderr)
+    assert "all 8 lines are answered already, 1 of them with an error\n" in capsys.readouterr().err
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(line for line in lines[:4] if "error" not in line))
+    kept = len(out.read_text().splitlines())
+    generate_file.generate_file(again, lambda: llm, print, on_stderr)
+    assert f"\n{kept} of 8 lines are answered already\n" in capsys.readouterr().err
+    assert sorted(out.read_text().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_the_help_names_every_chat_template(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from puna import cli
+    from puna.tokenizer.chat import TEMPLATES
+
+    monkeypatch.setattr(sys, "argv", ["puna", "generate", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert f"{', '.join(TEMPLATES)}, or the text of one" in " ".join(capsys.readouterr().out.split())
