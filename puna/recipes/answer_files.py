@@ -105,6 +105,7 @@ def record_of(path: Path) -> Record | None:
     Raises:
         DataError: there are answers, and nothing that Puna can read says how they were made.
     """
+    _refuse_special(path)
     if not path.exists() or path.stat().st_size == 0:
         return None
     beside = _beside(path)
@@ -119,6 +120,7 @@ def record_of(path: Path) -> Record | None:
 
 def refuse_existing(path: Path) -> None:
     """Raises DataError where there is a file, which only --resume may go on with."""
+    _refuse_special(path)
     if path.exists():
         raise DataError(f"{path} exists; go on with it by --resume, or choose another file")
 
@@ -132,8 +134,6 @@ def answer_file(path: Path, record: Record, resume: bool) -> Iterator[AnswerFile
         RunBusyError: another process holds it.
         ResourceError: the disk is full.
     """
-    if not path.is_file() and (path.exists() or path.is_symlink()):
-        raise DataError(f"{path} is no regular file, and answers are kept in one; name another")
     with disk_errors(f"opening {path}", path, DataError, ADVICE):
         if not resume:
             refuse_existing(path)
@@ -162,6 +162,11 @@ def as_line(answer: dict[str, Any]) -> str:
     except UnicodeEncodeError:
         text = json.dumps(answer)
     return text + "\n"
+
+
+def _refuse_special(path: Path) -> None:
+    if not path.is_file() and (path.exists() or path.is_symlink()):
+        raise DataError(f"{path} is no regular file, and answers are kept in one; name another")
 
 
 def _beside(path: Path) -> Path:

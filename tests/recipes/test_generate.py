@@ -244,8 +244,9 @@ def test_answers_are_kept_in_a_regular_file_only(llm: LLM, tmp_path: Path, kind:
         os.mkfifo(out)
     else:
         out.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="no regular file"):
-        answer(llm, job_of(prompts, out))
+    for resume in (False, True):
+        with pytest.raises(DataError, match="no regular file"):
+            answer(llm, job_of(prompts, out, resume=resume))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "prompts.jsonl"]
 
 
