@@ -1,4 +1,4 @@
-"""Which device and number type to compute with."""
+"""Which device and number type to compute with, and what memory there is."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+CPU_WORDS = ("can't allocate memory", "not enough memory")  # the words of torch's CPU allocators
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -86,3 +87,10 @@ def free_memory(device: torch.device) -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is Python's, a device's, or the CPU allocator's complaint, which is a plain RuntimeError."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in CPU_WORDS)

@@ -82,7 +82,11 @@ def test_what_takes_long_is_announced_on_a_terminal_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(printing, "PATIENCE", 0.05)
-    for terminal, in_time, told in ((True, False, "Loading …\n"), (True, True, ""), (False, False, "")):
+    for terminal, in_time, told in (
+        (True, False, "\x1b[2mLoading …\x1b[22m\n"),
+        (True, True, ""),
+        (False, False, ""),
+    ):
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
         done = printing.announce("Loading …")
         if in_time:

@@ -162,7 +162,7 @@ def chat(
     from puna.recipes.chat import chat as run
     from puna.recipes.models import ModelChoice
     from puna.recipes.sampling_options import sampling_options
-    from puna.recipes.terminal import is_person, line_reader, note
+    from puna.recipes.terminal import is_person, line_reader
 
     chosen = given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     options = sampling_options(chosen, change or (), several=False)

@@ -8,6 +8,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from puna.recipes.terminal import note
+
+__all__ = ["announce", "emit", "note", "write"]
+
 PATIENCE = 1.0  # seconds that a person waits without a word
 
 
@@ -15,11 +19,6 @@ def emit(result: dict[str, Any], as_json: bool) -> None:
     """A command's result as one line of JSON, the last of its output, where it is asked for."""
     if as_json:
         print(json.dumps(result))  # in ASCII, so that no terminal's encoding can spoil it
-
-
-def note(line: str) -> None:
-    """What a user should know, out of the way of a command's output."""
-    print(line, file=sys.stderr)
 
 
 def write(text: str) -> None:

@@ -50,6 +50,6 @@ class Answer:
     def chosen(self) -> list[Track]:
         """The `n` tracks to give back: the best of them where more were made, by mean log-probability."""
         params = self.request.params
-        if params.best_of in (None, params.n):
+        if params.answers == params.n:
             return self.tracks
         return sorted(self.tracks, key=lambda track: -track.state.score)[: params.n]

@@ -53,7 +53,8 @@ class PagedCache:
                 "could not be had; lower cache_memory, or set cache_dtype to int8"
             ) from None
         kernel = attention_on(device)
-        self.fault, self.compiling = kernel.fault, kernel.seconds
+        self.fault = kernel.fault
+        """Why attention is plain torch on a CPU, in one line; "" where it is not."""
         self._attend = [kernel.bind(pages, dtype) for pages in self._pages]
 
     def begin(

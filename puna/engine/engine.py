@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from puna.devices import free_memory
+from puna.devices import free_memory, is_out_of_memory
 from puna.engine.answer import Answer, Request, Track
 from puna.engine.blocks import BlockPool
 from puna.engine.cache import PagedCache, bytes_per_position
@@ -28,6 +28,7 @@ from puna.engine.scheduler import Part, Scheduler
 from puna.engine.sequence import Sequence
 from puna.engine.settings import EngineSettings
 from puna.engine.state import Choice, SamplingState
+from puna.engine.still import still
 from puna.engine.text import answer_text
 from puna.errors import InputError, ModelError, ResourceError
 from puna.kernels.choosing import chooser_on
@@ -129,7 +130,7 @@ class Engine:
         answer = Answer(request)
         params = request.params
         with self._compiling:  # not the other lock: a large schema must not hold up the answers of others
-            answer.tracks = [self._track(answer, index) for index in range(params.best_of or params.n)]
+            answer.tracks = [self._track(answer, index) for index in range(params.answers)]
         first, *others = answer.tracks
         with self._lock, self._books():
             self._scheduler.add(first.sequence)
@@ -157,9 +158,10 @@ class Engine:
     def cancel(self, answer: Answer) -> None:
         """Give up what is not finished of an answer, at once; it ends with "cancelled"."""
         with self._lock:
-            if self._stepping:  # a stream that was collected in the middle of a step, by this very thread
+            # A stream may be collected in the middle of a step, or of keeping the books, by this very thread.
+            if self._stepping or self.broken:
                 self._given_up.append(answer)
-            elif not self.broken:
+            else:
                 with self._books():
                     self._cancel(answer)
 
@@ -377,23 +379,14 @@ def _block_count(
 
 @contextmanager
 def _generating(modules: Items[Module]) -> Iterator[None]:
-    """No gradients, no dropout; both as before afterwards. Too little memory is one line of advice.
-
-    Not `inference_mode`: tensors made in it, such as kept rotary frequencies, could not serve training later.
-    """
-    training = [module for module in modules if module.training]
+    """The model still; too little memory is one line of advice."""
     try:
-        with torch.no_grad():
-            for module in training:
-                module.training = False
+        with still(modules):
             yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise ResourceError(
-                "out of memory while generating; give fewer or shorter prompts at once, lower "
-                "max_new_tokens, or load the model in a smaller dtype"
-            ) from None
-        raise
-    finally:
-        for module in training:
-            module.training = True
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ResourceError(
+            "out of memory while generating; give fewer or shorter prompts at once, lower "
+            "max_new_tokens, or load the model in a smaller dtype"
+        ) from None

@@ -290,7 +290,7 @@ class LLM:
                 engine.cancel(answer)
 
     def _stream(self, request: Request) -> Stream:
-        if max(request.params.n, request.params.best_of or 1) > 1:
+        if request.params.answers > 1:
             raise InputError("a stream is of one answer: n and best_of must be 1; or use generate")
         engine = self.engine
         return Stream(engine, engine.submit(request))

@@ -88,6 +88,11 @@ class SamplingParams(Settings):
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     @property
+    def answers(self) -> int:
+        """How many are made, of which the best n are given."""
+        return self.best_of or self.n
+
+    @property
     def constrained(self) -> bool:
         """Whether a schema, an expression, a grammar or a choice binds the answer."""
         return bool(self._constraints())

@@ -11,13 +11,11 @@ is chosen to make a difference visible: see `puna.engine.probes`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
 from puna.engine.probes import Probe, body_probes, head_probes
+from puna.engine.still import still
 from puna.model.llama import Llama
 
 BASES = (4, 8, 16, 32, 64)
@@ -40,7 +38,7 @@ class RowClasses:
         self._lm_head = model.lm_head
         self._body = self._head = None
         if deterministic:
-            with _still(model):
+            with still(model.modules()):
                 self._body = _Classes(model, body_probes(model), largest)
                 self._head = _Classes(model, head_probes(model), min(largest, HEAD_ROWS))
         self.largest = largest if self._body is None else self._body.largest
@@ -91,7 +89,7 @@ class _Classes:
     def _holds(self, size: int, base: int) -> bool:
         """Whether rows have in this class the bits that they have in tiles of the base."""
         if (size, base) not in self._shown:
-            with _still(self._model):
+            with still(self._model.modules()):
                 self._shown[size, base] = size % base == 0 and self._agrees(size, base)
         return self._shown[size, base]
 
@@ -117,17 +115,3 @@ def _tiled(probe: Probe, columns: list[Tensor], tile: int, turned: int) -> list[
         found = probe.run(*(column.roll(turned, 0) for column in tiles))
         parts.append([result.roll(-turned, 0) for result in found])
     return [torch.cat(column) for column in zip(*parts, strict=True)]
-
-
-@contextmanager
-def _still(model: Llama) -> Iterator[None]:
-    """No gradients, no dropout; training mode as before afterwards."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True

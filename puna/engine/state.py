@@ -41,7 +41,7 @@ class SamplingState:
         self.params, self.constraint = params, constraint
         self.ends = tuple(dict.fromkeys((*params.stop_ids, *(() if params.ignore_eos else end_ids))))
         """What may not come before `min_new_tokens`."""
-        self.scored = params.logprobs is not None or (params.best_of or 0) > params.n
+        self.scored = params.logprobs is not None or params.answers > params.n
         """Whether choices are to carry log-probabilities."""
         self.length, self._sum = 0, 0.0
         self._random = Random() if params.seed is None else Random(f"{params.seed}/{index}")

@@ -22,10 +22,7 @@ from torch import Tensor
 from puna.kernels.pages import BLOCK, Attend, Pages, Step
 
 TILE = 16  # queries that are multiplied together
-TOGETHER = {
-    "cpu": 8
-}  # tiles in one product; elsewhere MANY: there starting a product costs more than doing it
-MANY = 64
+TOGETHER, MANY = {"cpu": 8}, 64  # tiles in one product; MANY where starting one costs more than doing it
 
 
 def plain(pages: Pages) -> Attend:

@@ -16,14 +16,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from puna.kernels.library import load, openmp_fork
+from puna.kernels.library import NAMES, load
 
-NAMES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float64: "float64",
-}
 NOT_FINITE, NO_TOKEN = 1, 2  # why a row has no token: its own logits, or what rules left of them
 
 
@@ -86,7 +80,6 @@ def _compiled() -> Chooser | None:
     functions = load("choosing").functions
     if functions is None:
         return None
-    functions.use_threads(ctypes.c_void_p(openmp_fork()))
     calls = {}
     for dtype, name in NAMES.items():
         calls[dtype] = functions[f"choose_{name}"]

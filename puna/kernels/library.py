@@ -24,6 +24,13 @@ from puna.kernels.compiler import build, default_compiler, missing
 
 SECONDS = 300  # a slow machine, or one that is busy
 OTHERS = stat.S_IRWXG | stat.S_IRWXO
+NAMES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float64: "float64",
+}
+"""How kernels name the number types that they compute in."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,14 @@ class Library:
 
 @functools.cache
 def load(name: str) -> Library:
-    """`<name>.cpp` of this directory, compiled for this very processor; once per process."""
-    return compiled(Path(__file__).with_name(f"{name}.cpp"), default_compiler(), cache_directory())
+    """`<name>.cpp` of this directory, compiled for this very processor; once per process.
+
+    It spreads its work over the threads that torch has.
+    """
+    library = compiled(Path(__file__).with_name(f"{name}.cpp"), default_compiler(), cache_directory())
+    if library.functions is not None:
+        library.functions.use_threads(ctypes.c_void_p(openmp_fork()))
+    return library
 
 
 def must_compile() -> bool:
@@ -82,8 +95,8 @@ def compiled(source: Path, compiler: str, directory: Path | None) -> Library:
             if fault := build(compiler, source, fresh, _flags(), SECONDS):
                 return Library(None, fault)
             functions = ctypes.CDLL(str(fresh))
-            if kept is not None:  # what does not load is not kept; what cannot be kept will do for now
-                with contextlib.suppress(OSError):
+            if kept is not None:  # only now: what does not load is not kept
+                with contextlib.suppress(OSError):  # a full disk: the next process compiles again
                     _keep(fresh, kept)
         return Library(functions, seconds=time.perf_counter() - begun)
     except (OSError, ValueError, subprocess.SubprocessError) as error:

@@ -6,22 +6,16 @@ import ctypes
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from puna.kernels.attention import plain
-from puna.kernels.library import Library, load, openmp_fork
+from puna.kernels.library import NAMES, Library, load
 from puna.kernels.pages import Attend, Pages, Step
 
-NAMES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float64: "float64",
-}
 NO_WINDOW = 2**31 - 1
 
 
@@ -47,8 +41,6 @@ class Kernel:
     """Of a layer's pages, for a model of some type."""
     fault: str = ""
     """Why it is plain torch on a CPU, in one line."""
-    seconds: float = 0.0
-    """What compiling took just now."""
 
 
 def attention_on(device: torch.device) -> Kernel:
@@ -58,14 +50,13 @@ def attention_on(device: torch.device) -> Kernel:
     library = load("paged_attention")
     if library.functions is None:
         return Kernel(lambda pages, dtype: plain(pages), library.fault)
-    return Kernel(lambda pages, dtype: native(pages, dtype, library), seconds=library.seconds)
+    return Kernel(lambda pages, dtype: native(pages, dtype, library))
 
 
 def native(pages: Pages, dtype: torch.dtype, library: Library | None = None) -> Attend:
     """Attention in C++, on as many threads as torch has; `dtype` is that of q, k, v and the result."""
     functions = (library or load("paged_attention")).functions
     assert functions is not None
-    functions.use_threads(ctypes.c_void_p(_fork()))
     suffix = "_int8" if pages.keys.dtype == torch.int8 else ""
     call = functions[f"attend_{NAMES[dtype]}{suffix}"]
     call.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int32]
@@ -111,8 +102,3 @@ def _prepared(step: Step) -> _Prepared:
     window = NO_WINDOW if step.window is None else min(step.window, NO_WINDOW)
     held = _Step(*pointers, len(step.counts), step.rows, window, torch.get_num_threads())
     return _Prepared(ctypes.addressof(held), (held, *arrays))
-
-
-@cache
-def _fork() -> int | None:
-    return openmp_fork()

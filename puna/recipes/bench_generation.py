@@ -122,8 +122,7 @@ class _Bench:
         """With the memory that so many sequences of this length need, where the settings leave it open."""
         wanted = self.settings.engine
         if wanted.cache_memory is None:
-            # One block more for each: a sequence begins only where those before it keep room to grow.
-            needed = sequences * (math.ceil(positions / BLOCK) + 1) * BLOCK * self.position_bytes
+            needed = sequences * math.ceil(positions / BLOCK) * BLOCK * self.position_bytes
             wanted = wanted.model_copy(update={"cache_memory": needed})
         return Engine(self.subject.model, self.subject.tokenizer, self.subject.context, wanted)
 
@@ -146,7 +145,7 @@ def decode(settings: DecodeSettings, say: Say, track: Track) -> list[Figure]:
             f"streams must be from 1 to engine.max_running, {running}, got {settings.streams}; raise it, and "
             "engine.step_tokens with it"
         )
-    if (settings.sampling.best_of or settings.sampling.n) > 1:
+    if settings.sampling.answers > 1:
         raise SettingsError("sampling.n and best_of must be 1 here; more streams do what more answers would")
     bench = _begin(settings, _decode_length(settings, most), say)
     say(_COLUMNS.format("streams", *HEADINGS))

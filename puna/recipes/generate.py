@@ -26,8 +26,7 @@ def generate(
     params = parse(SamplingParams, sampling, "sampling")
     first = chosen_seed(params.seed)
     each = [{**sampling, "seed": seed_of(first, number)} for number in range(1, len(prompts) + 1)]
-    alone = len(prompts) == 1 and max(params.n, params.best_of or 1) == 1
-    if alone:
+    if len(prompts) == 1 and params.answers == 1:
         completions = [_streamed(llm, prompts[0], each[0], write)]
     else:
         completions = _together(llm, prompts, each, write)

@@ -65,7 +65,7 @@ def seed_of(first: int, number: int) -> int:
 
 def refuse_several(params: SamplingParams) -> None:
     """Raises SettingsError where more than one answer is asked for, which a conversation has no place for."""
-    if max(params.n, params.best_of or 1) > 1:
+    if params.answers > 1:
         raise SettingsError("n and best_of must be 1 in a conversation, whose next answer is one; see /retry")
 
 

@@ -89,6 +89,25 @@ def test_a_stream_that_nobody_holds_is_no_longer_computed(llm: LLM) -> None:
     assert llm.engine.load.blocks_used == 0
 
 
+@pytest.mark.parametrize("place", ["add", "plan"])
+def test_a_stream_collected_in_the_middle_of_other_work_is_given_up_after_it(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    held = [llm.stream("def", max_new_tokens=50, ignore_eos=True)]
+    next(held[0])
+    work = getattr(llm.engine._scheduler, place)
+
+    def collecting(*arguments: Any) -> Any:
+        held.clear()  # as Python may collect what is garbage, at any moment
+        return work(*arguments)
+
+    monkeypatch.setattr(llm.engine._scheduler, place, collecting)
+    rows = llm.engine.times.rows
+    llm.generate([5, 6, 7], max_new_tokens=3, ignore_eos=True)
+    assert (llm.engine.load.running, llm.engine.load.blocks_used) == (0, 0)
+    assert llm.engine.times.rows - rows <= 3 + 2 + 1
+
+
 def test_a_stream_gives_the_whole_answer_too(llm: LLM) -> None:
     wanted = {"temperature": 0.0, "max_new_tokens": 12, "ignore_eos": True, "logprobs": 1}
     stream = llm.stream("def", **wanted)

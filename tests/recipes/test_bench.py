@@ -214,7 +214,7 @@ def test_a_table_and_a_row_of_json_for_every_number_of_streams(directory: Path) 
         assert 0 < outside["all"] < 1
         memory = result["details"]["memory"]
         assert memory["weights"] == 4 * parameters(SHAPE).total
-        assert memory["cache"] == result["settings"]["streams"][0] * 2 * 64 * POSITION
+        assert memory["cache"] == result["settings"]["streams"][0] * 64 * POSITION
         again = parse(DecodeSettings, json.loads(json.dumps(result["settings"])))
         assert again.model == str(directory)
         assert result["environment"]["threads"] == torch.get_num_threads()

@@ -386,22 +386,25 @@ def test_piped_input_shows_no_prompt(
 def test_a_terminal_takes_what_is_pasted_as_one_message() -> None:
     """Behind a terminal of our own: bracketed paste, Ctrl-D, and the remarks dimmed."""
     pytest.importorskip("readline")
-    program = (
-        "from puna.recipes.terminal import line_reader, note\n"
-        "read = line_reader()\n"
-        "while (line := read('you> ')) is not None: note(repr(line))\n"
-    )
-    child, terminal = pty.fork()
-    if child == 0:
-        os.environ["TERM"] = "xterm"
-        os.execv(sys.executable, [sys.executable, "-c", program])
-    _wait_for(terminal, lambda shown: b"you> " in shown)
+    program = "while (line := read('you> ')) is not None: note(repr(line))\n"
+    child, terminal = _behind_a_terminal(program)
     os.write(terminal, b"\x1b[200~one\ntwo\x1b[201~\n")
     shown = _wait_for(terminal, lambda shown: b"'" in shown and b"you> " in shown)
     assert b"\x1b[2m'one\\ntwo'\x1b[22m" in shown
     os.write(terminal, b"\x04")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     os.close(terminal)
+
+
+def _behind_a_terminal(loop: str) -> tuple[int, int]:
+    """A process that reads lines in a loop, at its prompt, and the terminal it has."""
+    program = f"from puna.recipes.terminal import line_reader, note\nread = line_reader()\n{loop}"
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ["TERM"] = "xterm"
+        os.execv(sys.executable, [sys.executable, "-c", program])
+    _wait_for(terminal, lambda shown: b"you> " in shown)
+    return child, terminal
 
 
 def _wait_for(terminal: int, enough: Callable[[bytes], bool], seconds: float = 30) -> bytes:
@@ -417,17 +420,9 @@ def test_ctrl_c_in_a_line_clears_it_and_in_an_empty_one_is_raised() -> None:
     """Behind a terminal of our own."""
     pytest.importorskip("readline")
     program = (
-        "from puna.recipes.terminal import line_reader, note\n"
-        "read = line_reader()\n"
-        "while True:\n"
-        "    try: note(repr(read('you> ')))\n"
-        "    except KeyboardInterrupt: note('raised')\n"
+        "while True:\n    try: note(repr(read('you> ')))\n    except KeyboardInterrupt: note('raised')\n"
     )
-    child, terminal = pty.fork()
-    if child == 0:
-        os.environ["TERM"] = "xterm"
-        os.execv(sys.executable, [sys.executable, "-c", program])
-    _wait_for(terminal, lambda shown: b"you> " in shown)
+    child, terminal = _behind_a_terminal(program)
     for typed, answered in [
         (b"one\n", rb"'one'.*you> $"),
         (b"\x03", rb"raised.*you> $"),
