@@ -77,6 +77,7 @@ def puna(options: argparse.Namespace) -> Run:
     from puna.engine.settings import EngineSettings
 
     llm = load(options.directory / "hf", dtype=options.dtype, device="cpu")
+    llm.pack()
     settings = parse(EngineSettings, {"max_running": max(64, *options.streams)})
     engine = Engine(llm.model, None, llm.context, settings)
 

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from puna import __version__
-from puna.cli import generation, measuring, models, tokenizers, training
+from puna.cli import generation, measuring, models, serving, tokenizers, training
 from puna.errors import PunaError
 
 STOPPED = 128 + signal.SIGINT
@@ -37,6 +37,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     training.pretrain,
     generation.generate,
     generation.chat,
+    serving.serve,
     models.convert,
     models.verify,
     models.info,

@@ -15,7 +15,7 @@ from puna.cli.printing import emit
 
 def bench(
     context: typer.Context,
-    what: Annotated[str | None, typer.Argument(help="decode or prefill.", show_default=False)] = None,
+    what: Annotated[str | None, typer.Argument(help="decode, prefill or serve.", show_default=False)] = None,
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
@@ -27,7 +27,7 @@ def bench(
     settings: Annotated[Path | None, typer.Option(help="A TOML file of settings.")] = None,
     as_json: Json = False,
     ask_help: Annotated[
-        bool, typer.Option("--help", help="Show this; after decode or prefill its settings and columns too.")
+        bool, typer.Option("--help", help="Show this; after one of them its settings and columns too.")
     ] = False,
 ) -> None:
     """Measure speed on this machine, beside the most that it could do.

@@ -46,8 +46,8 @@ Sampling = Annotated[
 Template = Annotated[
     str | None,
     typer.Option(
-        help="A chat template in place of the model's own: llama2, llama3, vicuna, alpaca, chatml, or the "
-        "text of one."
+        help="A chat template in place of the model's own: llama2, llama3, vicuna, alpaca, chatml, plain, or "
+        "the text of one."
     ),
 ]
 

@@ -6,28 +6,27 @@ at the beginning of a text), that token counts without it. End tokens are allowe
 valid as it stands: an answer that ends by itself is valid, and one that its length limit cut says so.
 
 JSON is compact: "," and ":" between, no white space but inside strings, members in the order of the schema,
-and in strings the escapes of ESCAPES only (another spelling of a key would be a second one of the same name).
+and in strings few escapes (see `notation`: another spelling of a key would be a second one of the same name).
 
     V vocabulary
 """
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from puna.engine import patterns
+from puna.engine.notation import described
 from puna.engine.params import SamplingParams
 from puna.errors import InputError, MissingExtraError, printable
 from puna.tokenizer.tokenizer import Tokenizer
@@ -35,12 +34,8 @@ from puna.tokenizer.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-# Beyond these the library takes seconds and more, unbounded by LIMITS.
-LONGEST = {"json_schema": 100_000, "regex": 4_000, "grammar": 10_000, "choice": 100_000}  # characters
-MOST = {"members of an allOf": 16, "properties of an object": 1000, "intersections": 16, "repeats": 100}
 STACK = 1 << 28  # bytes, of which only what is used is taken; the library recurses along chains of references
 KEPT = 64  # compiled constraints
-ESCAPES = '"\\bfnrt'
 # What one constraint may cost: about 100 MB, a fraction of a second to begin and 10 ms for a token.
 LIMITS = {
     "initial_lexer_fuel": 1_000_000,
@@ -51,21 +46,10 @@ LIMITS = {
     "max_grammar_size": 500_000,
     "verbose_errors": False,
 }
-_COMPACT = {
-    "whitespace_flexible": False,
-    "whitespace_pattern": None,
-    "item_separator": ",",
-    "key_separator": ":",
-    "coerce_one_of": False,
-    "lenient": False,
-    "json_allowed_escapes": ESCAPES,
-}
 _OURS = re.compile(
     r'^error: |^at 1\(8\): (?=failed to|invalid regex)|failed to (compile|parse) "?%?(JSON schema|json)"?: '
 )
 _NOTHING = "nothing that this model's vocabulary can write satisfies {}"
-# Last, so that it wins over a grammar's own. Forcing would leave one spelling in tokens where many are right.
-_OPTIONS = '\n%llguidance {"no_forcing": true, "allow_invalid_utf8": false}\n'
 
 
 class Constraint:
@@ -163,7 +147,7 @@ class Grammars:
                 character.
             MissingExtraError: llguidance is not installed.
         """
-        found = _described(params)
+        found = described(params)
         if found is None:
             return None
         what, grammar = found
@@ -264,75 +248,6 @@ class _Vocabulary:
 def _packed(bits: np.ndarray) -> np.ndarray:
     """Bits in the order and the whole 32-bit words that llguidance has them in."""
     return np.packbits(np.pad(bits, (0, -len(bits) % 32)), bitorder="little")
-
-
-def _described(params: SamplingParams) -> tuple[str, str] | None:
-    """What is asked for, in words and in llguidance's own notation."""
-    if params.json_schema is not None:
-        return "the JSON schema", _from_schema(params.json_schema)
-    if params.regex is not None:
-        return "the regular expression", _from_pattern(patterns.translate(_bounded(params.regex, "regex")))
-    if params.grammar is not None:
-        _few(params.grammar.count("&"), "intersections")
-        _few(params.grammar.count("{") + params.grammar.count("~"), "repeats")
-        return "the grammar", _bounded(params.grammar, "grammar") + _OPTIONS
-    if params.choice:
-        _bounded("".join(params.choice), "choice")
-        return "the choice", _from_pattern("|".join(map(patterns.literal, params.choice)))
-    return None
-
-
-def _from_pattern(pattern: str) -> str:
-    return f"start: /(?:{pattern})/{_OPTIONS}"  # an empty one would begin a comment
-
-
-def _from_schema(schema: dict[str, Any] | bool) -> str:
-    """True admits any object, as OpenAI's `json_object` does."""
-    wanted = {"type": "object"} if schema is True else schema
-    if not isinstance(wanted, dict):
-        raise InputError(f"expected a JSON schema as an object, or true for any object, got {wanted!r:.80}")
-    for node in _nodes(wanted):
-        for key, things in (("allOf", "members of an allOf"), ("properties", "properties of an object")):
-            if isinstance(node.get(key), list | dict):
-                _few(len(node[key]), things)
-        least, more = node.get("minProperties"), node.get("additionalProperties", True)
-        if isinstance(least, int) and least > 1 and (more is not False or "patternProperties" in node):
-            raise InputError(
-                "the JSON schema has minProperties above 1, which one key repeated would seem to satisfy; "
-                'name the keys in "required", or forbid "additionalProperties"'
-            )
-    try:
-        text = json.dumps({**wanted, "x-guidance": _COMPACT}, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"the JSON schema cannot be written as JSON: {error}") from None
-    return f"start: %json {_bounded(text, 'json_schema')}{_OPTIONS}"
-
-
-def _nodes(value: Any) -> Iterator[dict[str, Any]]:
-    """Every object in it, itself included."""
-    waiting = [value]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict):
-            yield value
-            waiting += value.values()
-        elif isinstance(value, list | tuple):
-            waiting += value
-
-
-def _bounded(text: str, name: str) -> str:
-    if len(text) > LONGEST[name]:
-        raise InputError(
-            f"{name} has {len(text)} characters; at most {LONGEST[name]} are compiled; shorten it"
-        )
-    return text
-
-
-def _few(count: int, things: str) -> None:
-    if count > MOST[things]:
-        raise InputError(
-            f"a constraint has {count} {things}; at most {MOST[things]} are compiled; simplify it"
-        )
 
 
 def _with_stack(call: Callable[[], LLMatcher]) -> LLMatcher:

@@ -51,6 +51,8 @@ class Times:
     steps: int = 0
     rows: int = 0
     tokens: int = 0
+    sequences: int = 0
+    """Summed over the steps: divided by `steps`, how many were computed together."""
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("schedule", "model", "sample", "text"), 0.0)
     )
@@ -127,17 +129,32 @@ class Engine:
             InputError: its constraint cannot be satisfied, or needs what is not there.
             ResourceError: a sequence as long as it may get does not fit into the cache.
         """
+        answer = self.prepare(request)
+        self.admit(answer)
+        return answer
+
+    def prepare(self, request: Request) -> Answer:
+        """The answer to a request before anything of it is computed.
+
+        All that may take long, such as compiling a large schema, is done here, and waits for no step.
+
+        Raises:
+            InputError: its constraint cannot be satisfied, or needs what is not there.
+            ResourceError: a sequence as long as it may get does not fit into the cache.
+        """
         answer = Answer(request)
-        params = request.params
-        with self._compiling:  # not the other lock: a large schema must not hold up the answers of others
-            answer.tracks = [self._track(answer, index) for index in range(params.answers)]
+        answer.tracks = [self._track(answer, index) for index in range(request.params.answers)]
+        self._scheduler.check(answer.tracks[0].sequence)
+        return answer
+
+    def admit(self, answer: Answer) -> None:
+        """Let an answer that `prepare` gave be computed; like `cancel`, it waits for the step at hand."""
         first, *others = answer.tracks
         with self._lock, self._books():
             self._scheduler.add(first.sequence)
             # They begin when the prompt is computed, and find its blocks.
             self._siblings[first.sequence] = others
             self._tracks[first.sequence] = first
-        return answer
 
     def step(self) -> bool:
         """Compute the next rows of what runs; False where there is nothing to do.
@@ -227,8 +244,9 @@ class Engine:
         sequence.salt = self._salt(sequence)
         constraint = None
         if params.constrained:
-            grammars = self._grammars_for(request.end_ids)
-            constraint = grammars.constraint(params, sequence.prompt, request.continues)
+            with self._compiling:  # not the other lock: a large schema must not hold up the answers of others
+                grammars = self._grammars_for(request.end_ids)
+                constraint = grammars.constraint(params, sequence.prompt, request.continues)
         state = SamplingState(params, sequence.prompt, request.end_ids, index, constraint)
         return Track(sequence, state, answer)
 
@@ -348,6 +366,7 @@ class Engine:
         self.times.steps += 1
         self.times.rows += sum(part.count for part in parts)
         self.times.tokens += sum(part.samples for part in parts)
+        self.times.sequences += len(parts)
         for name, took in zip(self.times.seconds, seconds, strict=True):
             self.times.seconds[name] += took
 

@@ -33,7 +33,8 @@ def load(
 ) -> LLM:
     """Open a model: a directory, a file, a run directory (its best export), or an id on the Hugging Face hub.
 
-    Weights stay in the mapped file where type and device allow it.
+    Weights stay in the mapped file where type and device allow it, until the first answer is asked for: then
+    they are laid out as this processor multiplies by them (`LLM.pack`, which `LLM.unpack` undoes).
 
     Args:
         path: where the model is.
@@ -64,7 +65,7 @@ def load(
         model = Llama(source.config).to(kind)
     load_weights(model, _on(target, kind, formats.expanded(source.weights)))
     ends = source.end_ids if chosen is None else (*source.end_ids, *chosen.end_ids)
-    return LLM(model.eval(), chosen, tuple(dict.fromkeys(ends)), str(path), source.notes, serving)
+    return LLM(model.eval(), chosen, tuple(dict.fromkeys(ends)), str(path), source.notes, serving, packs=True)
 
 
 def _on(device: torch.device, dtype: torch.dtype, weights: Weights) -> Weights:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from puna.model.llama import Llama
+from puna.quantize.packed import PackedLinear
 
 SEED = 20
 ROWS, CHEAP_ROWS = 32, 256  # that are tried at least: a small class several times over
@@ -102,10 +103,10 @@ def _angles(model: Llama) -> Probe:
 
 def _norm(model: Llama) -> Probe:
     norm, weight = model.model.norm, model.model.embed_tokens.weight
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    wide, width = torch.promote_types(weight.dtype, torch.float32), model.config.hidden_size
     return Probe(
         lambda x: [norm(x[None])[0]],
-        lambda rows: [_normal(rows, weight.shape[1]).to(weight.device, wide)],
+        lambda rows: [_normal(rows, width).to(weight.device, wide)],
         CHEAP_ROWS,
     )
 
@@ -141,21 +142,22 @@ def _product(module: nn.Module, dtype: torch.dtype) -> Probe:
     width = int(vars(module)["in_features"])
 
     def inputs(rows: int) -> list[Tensor]:
-        if isinstance(module, nn.Linear) and module.weight.is_floating_point():
+        if isinstance(module, nn.Linear | PackedLinear) and module.weight.is_floating_point():
             return [_cancelling(module, rows)]
         return [_normal(rows, width).to(device, dtype)]
 
     return Probe(lambda x: [module(x[None])[0]], inputs)
 
 
-def _cancelling(linear: nn.Linear, rows: int) -> Tensor:
+def _cancelling(linear: nn.Linear | PackedLinear, rows: int) -> Tensor:
     """Rows (R, in) each of which makes one output nearly zero, by terms that are not."""
     weight, generator = linear.weight, torch.Generator().manual_seed(SEED)
-    outputs = torch.randint(len(weight), (rows,), generator=generator).to(weight.device)
-    factors = weight[outputs].double()  # (R, in)
+    outputs = torch.randint(linear.out_features, (rows,), generator=generator).to(weight.device)
+    matrix_rows = linear.rows(outputs) if isinstance(linear, PackedLinear) else weight[outputs]
+    factors = matrix_rows.double()  # (R, in)
     rest = 0 if linear.bias is None else linear.bias[outputs].double()
-    x = _normal(rows, weight.shape[1]).to(weight.device, weight.dtype)
-    places = factors.abs().topk(min(CANCELLED, weight.shape[1]), dim=1).indices  # (R, CANCELLED)
+    x = _normal(rows, linear.in_features).to(weight.device, weight.dtype)
+    places = factors.abs().topk(min(CANCELLED, linear.in_features), dim=1).indices  # (R, CANCELLED)
     x.scatter_(1, places, 0)
     for place in places.split(1, dim=1):
         left = (x.double() * factors).sum(dim=1) + rest
@@ -179,7 +181,7 @@ def _layer(model: Llama, layer: nn.Module) -> Probe:
         return [*found, out[0], model.model.norm(out)[0]]
 
     def inputs(rows: int) -> list[Tensor]:
-        hidden = _normal(rows, weight.shape[1]).to(weight.device, weight.dtype)
+        hidden = _normal(rows, model.config.hidden_size).to(weight.device, weight.dtype)
         return [hidden, _positions(model, rows).to(weight.device)]
 
     return Probe(run, inputs, least=SMALL, largest=SMALL)

@@ -17,9 +17,11 @@ from torch import Tensor
 from puna.engine.probes import Probe, body_probes, head_probes
 from puna.engine.still import still
 from puna.model.llama import Llama
+from puna.quantize.packing import is_packed
 
 BASES = (4, 8, 16, 32, 64)
 CLASSES = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+FEW = (1, 2)  # what a packed model is tried with too: its own products treat any number of rows alike
 HEAD_ROWS = 64  # rows of one product with the output projection: prompt log-probabilities ask for more
 STRIDE = 32  # rows of the tiles with which larger classes are compared, where that class itself holds
 
@@ -67,7 +69,9 @@ class _Classes:
 
     def __init__(self, model: Llama, probes: list[Probe], largest: int) -> None:
         self._model, self._probes = model, probes
-        self._candidates = sorted({size for size in CLASSES if size < largest} | {largest})
+        few = FEW if is_packed(model) else ()
+        self._bases = (*few, *BASES)
+        self._candidates = sorted({size for size in (*few, *CLASSES) if size < largest} | {largest})
         self._shown: dict[tuple[int, int], bool] = {}
         self._base, self.largest = self._found()
 
@@ -81,7 +85,7 @@ class _Classes:
     def _found(self) -> tuple[int, int]:
         """The base with which the largest possible class agrees, and that class; (1, 1) where none does."""
         for size in reversed(self._candidates):
-            for base in BASES:
+            for base in self._bases:
                 if base <= size and self._holds(base, base) and self._holds(size, base):
                     return base, size
         return 1, 1

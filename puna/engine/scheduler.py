@@ -66,8 +66,8 @@ class Scheduler:
         """How many sequences have yet to begin, or to resume."""
         return len(self._waiting)
 
-    def add(self, sequence: Sequence) -> None:
-        """Let a sequence take part.
+    def check(self, sequence: Sequence) -> None:
+        """Whether a sequence can be served at all.
 
         Raises:
             ResourceError: even alone it could outgrow the blocks there are.
@@ -80,6 +80,14 @@ class Scheduler:
                 f"{needed * size}, with a prompt of {len(sequence.prompt)} tokens and an answer of up to "
                 f"{sequence.limit}; shorten either, or give the engine more cache_memory"
             )
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence take part.
+
+        Raises:
+            ResourceError: as `check`.
+        """
+        self.check(sequence)
         self._arrivals += 1
         sequence.rank = (self._steps - sequence.params.priority * HEAD_START, self._arrivals)
         insort(self._waiting, sequence, key=RANK)

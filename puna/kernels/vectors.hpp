@@ -134,6 +134,22 @@ template <class A> inline Vec<A> load(const int8_t* from) {
 }
 template <class A> inline void store(A* to, Vec<A> x) { std::memcpy(to, &x, sizeof x); }
 
+// Wide numbers rounded to those of another type, as many as a vector holds.
+template <class M> inline void store_narrow(M* to, Vec<float> x) {
+    if constexpr (std::is_same_v<M, float>) {
+        store<float>(to, x);
+    } else {
+#if defined(__AVX512BF16__)
+        if constexpr (std::is_same_v<M, bfloat16>) {
+            const auto small = _mm512_cvtneps_pbh(bits_as<__m512>(x));
+            std::memcpy(to, &small, sizeof small);
+            return;
+        }
+#endif
+        for (int lane = 0; lane < LANES<float>; ++lane) to[lane] = narrow<M>(x[lane]);
+    }
+}
+
 // --- Arithmetic
 
 inline Vec<float> exponential(Vec<float> x) {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -74,9 +75,36 @@ def _linear(parent: str, matrices: dict[str, tuple[int, int]], bias: bool) -> di
     return found
 
 
+@runtime_checkable
+class Rewritten(Protocol):
+    """A module that took the place of one of the model's, and keeps its tensors in another way."""
+
+    def plain(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors of the module that it stands for, by their names within it, as they were."""
+        ...
+
+
 def weights_of(model: Llama) -> Weights:
-    """The weights of a model, without copying; they change as it trains."""
-    return Weights(model.config, ((name, tensor.detach()) for name, tensor in model.named_parameters()))
+    """The weights of a model, without copying but for what is kept in another way.
+
+    They change as it trains; a rewritten model gives what it was rewritten from.
+    """
+    return Weights(model.config, _plain(model))
+
+
+def _plain(model: Llama) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in _tensors(model, ""):
+        if name != "lm_head.weight" or not model.config.tie_word_embeddings:
+            yield name, tensor.detach()
+
+
+def _tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(module, Rewritten):
+        yield from ((prefix + name, tensor) for name, tensor in module.plain())
+        return
+    yield from module.named_parameters(prefix.removesuffix("."), recurse=False)
+    for name, child in module.named_children():
+        yield from _tensors(child, f"{prefix}{name}.")
 
 
 @torch.no_grad()
@@ -88,8 +116,11 @@ def load_weights(model: Llama, weights: Weights) -> None:
     the type. After an error the model is partly loaded.
 
     Raises:
-        ModelError: a name is unknown, missing or repeated, a shape differs, or a tensor is packed.
+        ModelError: a name is unknown, missing or repeated, a shape differs, or a tensor is packed; or the
+            model was rewritten.
     """
+    if any(isinstance(module, Rewritten) for module in model.modules()):
+        raise ModelError("weights cannot be put into a packed model; unpack it first, or load another one")
     expected = shapes(model.config)
     missing = dict.fromkeys(expected)
     for name, tensor in weights:

@@ -8,29 +8,33 @@ limit, ratio, environment, details}. `settings` are those that measure this row 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from puna.errors import SettingsError, nearest
 from puna.progress import Track
+from puna.recipes import bench_generation, bench_serve
 from puna.recipes.bench_figures import Figure, Say
-from puna.recipes.bench_generation import COLUMNS, DecodeSettings, PrefillSettings, decode, prefill
+from puna.recipes.bench_generation import DecodeSettings, PrefillSettings, decode, prefill
+from puna.recipes.bench_serve import ServeBenchSettings, serve
 from puna.settings import Settings, read_settings
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What can be measured: its settings, and a function that prints a table and gives its rows."""
+    """What can be measured: its settings, what its table's columns say, and what prints and returns it."""
 
     settings: type[Settings]
+    columns: Mapping[str, str]
     run: Callable[[Any, Say, Track], list[Figure]]
 
 
 WHATS = {
-    "decode": Benchmark(DecodeSettings, decode),
-    "prefill": Benchmark(PrefillSettings, prefill),
+    "decode": Benchmark(DecodeSettings, bench_generation.COLUMNS, decode),
+    "prefill": Benchmark(PrefillSettings, bench_generation.COLUMNS, prefill),
+    "serve": Benchmark(ServeBenchSettings, bench_serve.COLUMNS, serve),
 }
 
 
@@ -40,8 +44,9 @@ def explain(what: str | None) -> str:
     Raises:
         SettingsError: there is no such benchmark.
     """
-    lines = [f"Settings of {what}, as key=value:", *_rows(_known(what).settings, ""), "", "Columns:"]
-    return "\n".join([*lines, *(f"  {name:24} {text}" for name, text in COLUMNS.items())])
+    known = _known(what)
+    lines = [f"Settings of {what}, as key=value:", *_rows(known.settings, ""), "", "Columns:"]
+    return "\n".join([*lines, *(f"  {name:24} {text}" for name, text in known.columns.items())])
 
 
 def _rows(cls: type[Settings], prefix: str) -> Iterator[str]:

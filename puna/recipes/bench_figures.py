@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -126,6 +127,18 @@ class Figure:
                 **self.details,
             },
         }
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which a share of the values lies, between the two nearest ones in proportion.
+
+    >>> percentile([1.0, 2.0, 4.0], 0.5), percentile([1.0, 2.0, 4.0], 0.75)
+    (2.0, 3.0)
+    """
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    below = ordered[math.floor(place)]
+    return below + (ordered[math.ceil(place)] - below) * (place - math.floor(place))
 
 
 class PeakMemory:

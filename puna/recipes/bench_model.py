@@ -17,6 +17,7 @@ from puna.model.initial import initial_weights
 from puna.model.llama import Llama
 from puna.model.presets import PRESETS
 from puna.model.weights import Packed, Weights, load_weights
+from puna.quantize.packing import pack
 from puna.tokenizer.tokenizer import Tokenizer
 
 
@@ -43,7 +44,8 @@ class Subject:
 def open_subject(
     name: str, dtype: torch.dtype, device: torch.device, context: int | None, needed: int
 ) -> Subject:
-    """The model; a preset's context grows to `needed` positions where nothing else is asked.
+    """The model, packed as commands that answer have it; a preset's context grows to `needed` positions where
+    nothing else is asked.
 
     Raises:
         SettingsError: the context is too short for what is to be measured, or that of a model with its own.
@@ -64,6 +66,7 @@ def open_subject(
             f"{needed} positions are needed, and the context has {subject.context}; lower prompt or new"
             + (", or raise context" if name in PRESETS else "")
         )
+    pack(subject.model)
     return subject
 
 

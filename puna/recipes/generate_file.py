@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from puna.engine.completion import Completion
+from puna.engine.fingerprint import fingerprint
 from puna.engine.llm import LLM
 from puna.engine.params import CONSTRAINTS, SamplingParams
 from puna.errors import DataError, Interrupted, PunaError, SettingsError
-from puna.formats.huggingface.safetensors_writer import payload
 from puna.progress import Track, Tracker, quantity
 from puna.recipes.answer_files import AnswerFile, Record, answer_file, as_line, record_of, refuse_existing
 from puna.recipes.generate import answered, is_incomplete
@@ -25,7 +24,6 @@ from puna.settings import parse
 
 Write = Callable[[str], None]
 Put = Callable[[dict[str, Any]], None]
-PROBED = 256  # elements of each tensor that tell two models apart
 
 
 @dataclass(frozen=True)
@@ -199,20 +197,6 @@ def _record(job: FileJob, llm: LLM, seed: int, found: Survey | None) -> Record:
         cache_dtype=job.options.engine.cache_dtype,
         deterministic=job.options.engine.deterministic,
     )
-
-
-def fingerprint(llm: LLM) -> str:
-    """SHA-256, in hex, of what decides a model's answers.
-
-    Its shape, tokenizer and end tokens, and of every tensor the number type and elements spread over it: they
-    are read in no time, and training, merging or rounding leaves none of them as it was.
-    """
-    tokenizer = None if llm.tokenizer is None else llm.tokenizer.fingerprint
-    digest = hashlib.sha256(f"{llm.config.model_dump_json()} {tokenizer} {llm.end_ids}".encode())
-    for name, tensor in llm.model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(payload(tensor.flatten()[:: max(1, tensor.numel() // PROBED)]))
-    return digest.hexdigest()
 
 
 def _resumed(file: AnswerFile, lines: int) -> str:

@@ -42,16 +42,50 @@ _LLAMA2 = """\
 {%- endfor -%}
 """
 
-_LLAMA3 = """\
+# How functions are told of and called, in every template that knows of tools: Llama 3.1's form of a call, as
+# compact as answers are held to, so that a history reads as it was written.
+_TOOLS = """\
+{%- macro called(function) -%}
+{%- set given = function.arguments -%}
+{{- '{"name":' + function.name | tojson + ',"parameters":' -}}
+{{- (given if given is string else given | tojson(separators=(',', ':'))) + '}' -}}
+{%- endmacro -%}
+{%- macro said(message) -%}
+{%- if message.tool_calls -%}
+{{- (message.content or '').strip() + ('\\n' if message.content else '') -}}
+{%- for call in message.tool_calls -%}
+{{- called(call.function) + ('' if loop.last else '\\n') -}}
+{%- endfor -%}
+{%- else -%}{{- message.content.strip() -}}{%- endif -%}
+{%- endmacro -%}
+{%- macro described(tools) -%}
+{{- 'These functions can be called; each is described as JSON:\\n\\n' -}}
+{%- for tool in tools -%}{{- (tool.function or tool) | tojson + '\\n' -}}{%- endfor -%}
+{{- '\\nTo call one of them, answer with a JSON object of this form and nothing else: ' -}}
+{{- '{"name":"the function","parameters":{"an argument":"its value"}}. ' -}}
+{{- 'The parameters must fit the description. What the function gives back comes next. ' -}}
+{{- 'If no function is needed, answer in words.' -}}
+{%- endmacro -%}
+"""
+
+_LLAMA3 = (
+    _TOOLS
+    + """\
 {{- bos_token -}}
+{%- if tools and not (messages and messages[0].role == 'system') -%}
+{{- '<|start_header_id|>system<|end_header_id|>\\n\\n' + described(tools) + '<|eot_id|>' -}}
+{%- endif -%}
 {%- for message in messages -%}
-{{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' -}}
-{{- message.content.strip() + '<|eot_id|>' -}}
+{{- '<|start_header_id|>' + ('ipython' if message.role == 'tool' else message.role) -}}
+{{- '<|end_header_id|>\\n\\n' -}}
+{{- described(tools) + '\\n\\n' if tools and loop.first and message.role == 'system' else '' -}}
+{{- said(message) + '<|eot_id|>' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
 {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}
 {%- endif -%}
 """
+)
 
 _VICUNA = """\
 {{- bos_token -}}
@@ -104,12 +138,29 @@ _CHATML = """\
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
 
+# For models that were trained on no conversations, and so know no template.
+_PLAIN = (
+    _TOOLS
+    + """\
+{{- bos_token + (described(tools) + '\\n\\n' if tools else '') -}}
+{%- for message in messages -%}
+{%- if loop.first and message.role == 'system' -%}
+{{- message.content.strip() + '\\n\\n' -}}
+{%- else -%}
+{{- message.role | capitalize + ': ' + said(message) + '\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}
+"""
+)
+
 TEMPLATES = {
     "llama2": _LLAMA2,
     "llama3": _LLAMA3,
     "vicuna": _VICUNA,
     "alpaca": _ALPACA,
     "chatml": _CHATML,
+    "plain": _PLAIN,
 }
 
 # Tokens that a template frames messages with; without them the frame would be spelled in ordinary pieces.
@@ -157,6 +208,26 @@ def render_text(
     """A conversation as text, for people to read; only `render` knows which special tokens in it are real."""
     text, originals = _render(tokenizer, messages, template, add_generation_prompt, variables or {})
     return text.translate(originals)
+
+
+def tools_in_words(tools: Sequence[Mapping[str, Any]]) -> str:
+    """What built-in templates say of functions that may be called, for templates that know of none.
+
+    Raises:
+        TokenizerError: the descriptions go too deep.
+    """
+    return _in_words("described", tools)
+
+
+def calls_in_words(message: Message) -> str:
+    """A message with `tool_calls` as built-in templates write it."""
+    return _in_words("said", message)
+
+
+def _in_words(macro: str, value: Any) -> str:
+    _check_depth([value])
+    source = f"{_TOOLS}{{{{- {macro}(value) -}}}}"
+    return sandbox.run(source, {"value": value}, sum(map(len, _strings([value]))))
 
 
 def _render(

@@ -15,18 +15,24 @@ from puna.engine.settings import EngineSettings
 from puna.kernels.pages import BLOCK
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
+from puna.quantize.packing import pack
 from tests.model.shapes import CONFIGS, model_of
 
 CONTEXT = 400
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = ["grouped", "sliding window", "dynamic", "all at once"]
 QUICK = [("sliding window", torch.bfloat16), ("dynamic", torch.float32), ("all at once", torch.float16)]
+QUICK_PACKED = [("grouped", torch.bfloat16), ("tied", torch.float32)]
 KINDS = [
     pytest.param(
-        (shape, dtype), marks=() if shape == "grouped" or (shape, dtype) in QUICK else pytest.mark.slow
+        (shape, dtype, False), marks=() if shape == "grouped" or (shape, dtype) in QUICK else pytest.mark.slow
     )
     for shape in SHAPES
     for dtype in DTYPES
+] + [
+    pytest.param((shape, dtype, True), marks=() if (shape, dtype) in QUICK_PACKED else pytest.mark.slow)
+    for shape in ("grouped", "tied", "all at once")
+    for dtype in (torch.float32, torch.bfloat16)
 ]
 ASKED = (
     {"temperature": 0.0},
@@ -70,8 +76,11 @@ def in_order(llm: LLM, asked: list[tuple[list[int], dict[str, Any]]]) -> list[Co
 
 @pytest.fixture(scope="module", params=KINDS, ids=str)
 def model(request: pytest.FixtureRequest) -> Iterator[Llama]:
-    shape, dtype = request.param
-    return model_of(config_of(shape), dtype).eval()
+    shape, dtype, packed = request.param
+    model = model_of(config_of(shape), dtype).eval()
+    if packed:
+        pack(model)
+    return model
 
 
 @pytest.fixture(scope="module")

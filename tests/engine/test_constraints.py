@@ -27,6 +27,7 @@ from tests.engine.schemas import SCHEMAS, VALUES, fits
 pytest.importorskip("llguidance")
 
 from puna.engine.constraints import KEPT, Constraint, Grammars
+from puna.engine.notation import MOST, json_rule
 
 LIMIT = 150  # tokens of an answer
 STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
@@ -246,6 +247,38 @@ def test_sentences_of_a_grammar(vocabulary: Vocabulary) -> None:
         wander(vocabulary.begin(prompt, grammar=BALANCED), rng, balanced)
     answer = vocabulary.begin(None, grammar=BALANCED)
     assert answer.takes(vocabulary.tokenizer.encode("([()])[]", bos=False))
+
+
+def test_schemas_within_a_grammar_are_bounded_as_schemas_are(
+    vocabularies: Any, request: pytest.FixtureRequest
+) -> None:
+    """Each with references of its own; their braces are no repeats of the grammar's."""
+    small = vocabularies("small", request)
+    schemas = {
+        letter: {
+            **SCHEMAS["tree"],
+            "enum": [{"value": n, "x": {}} for n in range(60)],
+            "$defs": {"node": inner},
+        }
+        for letter, inner in (
+            ("a", {"const": {"value": 7, "x": {}}}),
+            ("b", {"const": {"value": 8, "x": {}}}),
+        )
+    }
+    rules = " | ".join(f'"{letter}" {json_rule(schema)}' for letter, schema in schemas.items())
+    assert rules.count("{") > MOST["repeats"]
+    for text, taken in [('a{"value":7,"x":{}}', True), ('b{"value":7,"x":{}}', False), ("a7", False)]:
+        answer = small.begin(None, grammar=f"start: {rules}")
+        assert answer.takes(small.tokenizer.encode(text, bos=False)) == taken
+    for bad in (
+        "start: " + rules + " | /a{2}/" * 101,
+        "start: " + json_rule(True) + " | " + "%json " + json.dumps({"allOf": [{}] * 17}),
+        "start: %json " + json.dumps({"enum": ["x" * 100_000]}),
+        "start: %json {" + '"a": {' * 200,
+        "start: " + " ".join([json_rule({"enum": ["x" * 60_000]})] * 2),
+    ):
+        with pytest.raises(InputError, match="at most"):
+            small.begin(grammar=bad)
 
 
 def test_the_first_space_counts_as_it_reads(vocabularies: Any, request: pytest.FixtureRequest) -> None:

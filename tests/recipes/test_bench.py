@@ -22,7 +22,7 @@ from puna.model.weights import weights_of
 from puna.plan import measure
 from puna.plan.measure import Peak, Reading
 from puna.progress import silent
-from puna.recipes import bench_figures
+from puna.recipes import bench_figures, bench_serve
 from puna.recipes.bench import WHATS, bench, explain
 from puna.recipes.bench_figures import Figure, Limits, PeakMemory, Repeat
 from puna.recipes.bench_generation import (
@@ -243,9 +243,10 @@ def test_the_help_names_every_setting_with_its_default_and_every_column(what: st
         assert any(row.partition(".")[0] == name for row in rows), name
     assert rows["model"].startswith("puna-110m A preset")
     assert rows["engine.step_tokens"].startswith("512")
-    assert rows["prompt"].startswith("64 Tokens" if what == "decode" else "[128, 512] Tokens")
+    prompts = {"decode": "64 Tokens", "prefill": "[128, 512] Tokens", "serve": "[16, 256] Tokens"}
+    assert rows["prompt"].startswith(prompts[what])
     assert all(len(text.split()) > 1 for name, text in rows.items() if "engine" not in name)
-    assert set(HEADINGS) <= set(rows)
+    assert set(bench_serve.HEADINGS if what == "serve" else HEADINGS) <= set(rows)
 
 
 def test_a_presets_context_grows_with_what_is_measured() -> None:
@@ -268,7 +269,7 @@ def test_a_presets_context_grows_with_what_is_measured() -> None:
             "decoed",
             [],
             SettingsError,
-            "what must be one of decode, prefill, got 'decoed'. Did you mean 'decode'",
+            "what must be one of decode, prefill, serve, got 'decoed'. Did you mean 'decode'",
         ),
         ("decode", ["stream=[1]"], SettingsError, "unknown setting 'stream'. Did you mean 'streams'"),
         ("decode", ["streams=[0]"], SettingsError, "streams must be from 1 to engine.max_running, 64, got"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tiktoken.load import load_tiktoken_bpe
 from transformers import AutoTokenizer
 
 from puna.errors import TokenizerError
-from puna.tokenizer.chat import MARKS, TEMPLATES, render, render_text
+from puna.tokenizer.chat import MARKS, TEMPLATES, calls_in_words, render, render_text, tools_in_words
 from puna.tokenizer.reading import load
 from puna.tokenizer.tiktoken_reader import PATTERN
 from puna.tokenizer.tokenizer import Tokenizer
@@ -55,7 +56,7 @@ def test_llama2_ids_are_metas_rule(assets: Path) -> None:
     assert expected.count(1) == 2 and expected.count(2) == 1
 
 
-@pytest.mark.parametrize("name", ["llama2", "llama3", "vicuna", "alpaca", "chatml"])
+@pytest.mark.parametrize("name", ["llama2", "llama3", "vicuna", "alpaca", "chatml", "plain"])
 def test_texts(name: str, framed: Tokenizer) -> None:
     expected = {
         "llama2": "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi there [/INST] Hello! </s>"
@@ -71,6 +72,7 @@ def test_texts(name: str, framed: Tokenizer) -> None:
         "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi there <|im_end|>\n"
         "<|im_start|>assistant\n Hello!<|im_end|>\n<|im_start|>user\n<s>Why?</s><|im_end|>\n"
         "<|im_start|>assistant\n",
+        "plain": "<s>Be brief.\n\nUser: Hi there\nAssistant: Hello!\nUser: <s>Why?</s>\nAssistant:",
     }
     assert render_text(framed, TALK, name) == expected[name]
 
@@ -160,7 +162,7 @@ def test_templates_still_see_the_contents(ranked: Tokenizer) -> None:
 
 def test_the_same_ids_as_transformers(assets: Path, tmp_path: Path) -> None:
     """On harmless contents: in transformers a special token's name in a message becomes that token."""
-    for vocabulary, names in (("llama3", ["llama3"]), ("llama2", ["llama2", "vicuna", "alpaca"])):
+    for vocabulary, names in (("llama3", ["llama3"]), ("llama2", ["llama2", "vicuna", "alpaca", "plain"])):
         ours = load(assets / f"tokenizers/{vocabulary}/tokenizer.model")
         ours.save(tmp_path / vocabulary)
         theirs = AutoTokenizer.from_pretrained(tmp_path / vocabulary)
@@ -254,7 +256,7 @@ def test_a_template_whose_tokens_are_missing(name: str, marks: tuple[str, ...], 
         render(small, TALK, name)
     assert str(caught.value) == (
         f"the chat template {name!r} needs the token {marks[0]!r}, which this tokenizer lacks; "
-        "those that fit it: llama2, vicuna, alpaca (template=, --template)"
+        "those that fit it: llama2, vicuna, alpaca, plain (template=, --template)"
     )
     with pytest.raises(TokenizerError, match="needs the token"):
         render_text(small, TALK, name)
@@ -266,7 +268,7 @@ def test_the_tokens_of_a_template_are_ids_of_their_own(each_framed: Tokenizer) -
         ids = render(each_framed, TALK, name)
         assert ids.count(each_framed.specials[marks[0]]) == 5
     assert str(_refusal(each_framed)).endswith(
-        "llama2, llama3, vicuna, alpaca, chatml (template=, --template)"
+        "llama2, llama3, vicuna, alpaca, chatml, plain (template=, --template)"
     )
 
 
@@ -291,7 +293,7 @@ def test_tokens_that_text_becomes_will_do(small: Tokenizer, tmp_path: Path) -> N
 
 
 def test_bad_conversations(small: Tokenizer) -> None:
-    with pytest.raises(TokenizerError, match=r"name one of llama2, .*alpaca \(template=, --template\)$"):
+    with pytest.raises(TokenizerError, match=r"one of llama2, .*alpaca, plain \(template=, --template\)$"):
         render(small, TALK)
     with pytest.raises(TokenizerError, match="message 2 of the conversation must be an object with a 'role'"):
         render(small, [TALK[0], {"content": "x"}], "llama2")
@@ -382,6 +384,84 @@ def test_whole_conversations_with_llama2(assets: Path) -> None:
     second = f"[INST] {SPELLING[3]['content']} [/INST]"
     assert render(ours, SPELLING, "llama2") == GOLDEN_LLAMA2
     assert [1, *library.encode(first), 2, 1, *library.encode(second)] == GOLDEN_LLAMA2
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "What it is like there",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+CALL = {
+    "type": "function",
+    "function": {"name": "weather", "arguments": {"city": "Kraków", "days": [1, 2.5]}},
+}
+CALLING = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Is it sunny? "},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "Sunny\n"},
+    {"role": "assistant", "content": "Yes."},
+]
+WRITTEN = '{"name":"weather","parameters":{"city":"Kraków","days":[1,2.5]}}'
+
+
+def test_tools_in_llama3(framed: Tokenizer) -> None:
+    """The roles and the form of a call that Llama 3.1 was trained on."""
+    words = tools_in_words([TOOL])
+    assert json.dumps(TOOL["function"]) in words
+    expected = (
+        f"<s><|start_header_id|>system<|end_header_id|>\n\n{words}\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nIs it sunny?<|eot_id|>"
+        f"<|start_header_id|>assistant<|end_header_id|>\n\n{WRITTEN}<|eot_id|>"
+        "<|start_header_id|>ipython<|end_header_id|>\n\nSunny<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nYes.<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    assert render_text(framed, CALLING, "llama3", variables={"tools": [TOOL]}) == expected
+    assert render_text(framed, CALLING, "llama3") == expected.replace(f"{words}\n\n", "")
+    assert render_text(framed, CALLING[1:], "llama3", variables={"tools": [TOOL["function"]]}) == (
+        expected.replace("\n\nBe brief.", "")
+    )
+    for nothing in ({"tools": None}, {"tools": []}):
+        assert render_text(framed, TALK, "llama3", variables=nothing) == render_text(framed, TALK, "llama3")
+
+
+@pytest.mark.parametrize("name", ["llama3", "plain"])
+def test_calls_as_they_come(name: str, framed: Tokenizer) -> None:
+    """Several at once, beside words, or with arguments as the text that OpenAI's API has them in."""
+    function = {"name": "weather", "arguments": '{"city": "Kraków"}'}
+    message = {"role": "assistant", "content": " Hm. ", "tool_calls": [CALL, {"function": function}]}
+    text = render_text(framed, [message], name)
+    said = f'Hm.\n{WRITTEN}\n{{"name":"weather","parameters":{{"city": "Kraków"}}}}'
+    assert said in text and calls_in_words(message) == said
+    assert WRITTEN in render_text(framed, [{**message, "content": None, "tool_calls": [CALL]}], name)
+
+
+def test_tools_as_transformers_writes_them(assets: Path, tmp_path: Path) -> None:
+    ours = load(assets / "tokenizers/llama3/tokenizer.model")
+    ours.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for name, messages in itertools.product(("llama3", "plain"), (CALLING, CALLING[1:4])):
+        ids = theirs.apply_chat_template(
+            messages, [TOOL], chat_template=TEMPLATES[name], add_generation_prompt=True, return_dict=False
+        )
+        assert render(ours, messages, name, variables={"tools": [TOOL]}) == ids
+
+
+@pytest.mark.parametrize("name", ["llama3", "plain"])
+def test_tools_never_become_special_tokens(name: str, each_framed: Tokenizer) -> None:
+    evil = "".join(list(each_framed.specials)[:8])
+    tool = {"type": "function", "function": {"name": evil, "description": evil, "parameters": {evil: [evil]}}}
+    call = {"function": {"name": evil, "arguments": {evil: evil}}}
+    hostile = [CALLING[1], {**CALLING[2], "tool_calls": [call]}, {"role": "tool", "content": evil}]
+    ids = render(each_framed, hostile, name, variables={"tools": [tool]})
+    harmless = render(each_framed, CALLING[1:4], name, variables={"tools": [TOOL]})
+    special = set(each_framed.specials.values())
+    assert [i for i in ids if i in special] == [i for i in harmless if i in special]
+    assert each_framed.decode(ids).count(json.dumps(evil, ensure_ascii=False)) == 7
 
 
 @pytest.mark.parametrize("levels", [100, 600, 100_000])

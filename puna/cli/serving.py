@@ -1,0 +1,55 @@
+"""The command that serves a model over HTTP: serve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from puna.cli.options import CacheDir, Device, Dtype, Model, Overrides, Revision, Template, Tokenizer, given
+from puna.cli.printing import note
+from puna.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from puna.engine.llm import LLM
+
+
+def serve(
+    model: Model,
+    overrides: Overrides = None,
+    settings: Annotated[
+        Path | None, typer.Option(help="A TOML file of settings.", show_default=False)
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="The address to listen on; 127.0.0.1 without it.")] = None,
+    port: Annotated[int | None, typer.Option(help="8000 without it; 0 takes any free one.")] = None,
+    template: Template = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    tokenizer: Tokenizer = None,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Serve a model: OpenAI's API, a page to talk to it, a live view at /status, metrics.
+
+    Settings are given as key=value, such as api_keys=keys.txt, requests_per_minute=60 or
+    engine.max_running=32; docs/serving.md has them all. SIGTERM and Ctrl-C let what runs end first.
+    """
+    from puna.recipes.models import ModelChoice
+    from puna.serve.settings import ServeSettings
+    from puna.settings import read_settings
+
+    try:
+        from puna.serve.server import serve as run
+    except ModuleNotFoundError as missing:
+        raise MissingExtraError(missing.name or "fastapi", "serve") from None
+    options = given(host=host, port=port, template=template)
+    changes = [*(overrides or ()), *(f"{name}={json.dumps(value)}" for name, value in options.items())]
+    chosen = read_settings(ServeSettings, settings, changes)
+    choice = ModelChoice(model, revision, cache_dir, tokenizer)
+
+    def opened() -> LLM:
+        return choice.llm(device, dtype, note, chosen.engine)
+
+    run(opened, model, chosen, note)

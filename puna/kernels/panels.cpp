@@ -1,0 +1,231 @@
+// Products of rows with a matrix that lies in panels; panels.py holds the same in plain torch.
+//
+// A panel is WIDTH outputs of the matrix, turned so that what a step of their sums reads lies together. An
+// output is one lane that adds its terms in order, from the first input to the last, whatever is computed
+// beside it: a row's bits depend on nothing but the row and the matrix. For bfloat16 a step is two inputs, as
+// the instruction for it takes them.
+//
+// R rows   I inputs   O outputs
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#include "threads.hpp"
+#include "vectors.hpp"
+
+namespace {
+
+constexpr int WIDTH = 32;     // outputs of a panel
+constexpr long STEPS = 2048;  // of a sum at a time, so that a part of a panel stays in the cache for all rows
+constexpr long CHUNK = 1 << 17;  // bytes of the matrix that one thread reads in a row
+constexpr int GROUP = 112;    // rows of one piece of work
+constexpr double LITTLE = 1e6;  // products of numbers: waking other threads for them takes longer
+
+// As many accumulators as the registers hold, beside a step's vectors and what is broadcast.
+constexpr int ROWS = BYTES == 64 ? 14 : BYTES == 32 ? 6 : 5, VECTORS = BYTES == 16 ? 4 : 2;
+constexpr int SLICE = VECTORS * LANES<float>;  // outputs computed together
+
+// --- A step of a sum: what is read of the matrix and of a row for it, and how it is added
+
+template <class M> struct Step {  // float, float16
+    using Term = float;
+    using Place = M;  // of an output
+    static constexpr int INPUTS = 1;
+    static Term term(const M* x) { return widen(*x); }
+    static Vec<float> read(const Place* from) { return load<float>(from); }
+    static void add(Vec<float>& sum, Term x, Vec<float> y) { sum += x * y; }
+};
+
+template <> struct Step<bfloat16> {
+    using Term = uint32_t;
+    using Place = uint32_t;
+    static constexpr int INPUTS = 2;
+    static Term term(const bfloat16* x) { return ::read<uint32_t>(x); }
+#if defined(__AVX512BF16__)
+    static __m512bh read(const Place* from) { return ::read<__m512bh>(from); }
+    // Casts, not copies: sums that are copied do not stay in registers.
+    static void add(Vec<float>& sum, Term x, __m512bh y) {
+        sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(x)), y);
+    }
+#else
+    static Vec<uint32_t> read(const Place* from) { return ::read<Vec<uint32_t>>(from); }
+    static void add(Vec<float>& sum, Term x, Vec<uint32_t> y) {
+        sum += bits_as<float>(x << 16) * bits_as<Vec<float>>(y << 16);
+        sum += bits_as<float>(x & 0xffff0000) * bits_as<Vec<float>>(y & 0xffff0000);
+    }
+#endif
+};
+
+// --- What a call is given
+
+template <class M> struct Product {
+    const M* x;          // (R, I)
+    const void* panels;  // (O / WIDTH rounded up, I / INPUTS, WIDTH, INPUTS)
+    const M* bias;       // (O,) or null
+    M* out;              // (R, O)
+    int64_t rows, inputs, outputs;
+    int32_t threads;
+};
+
+// Rows first..first + count of a call, as they are worked on together.
+struct Block {
+    long first;
+    int count;
+};
+
+// Several blocks of about as many rows each.
+inline Block block_of(long rows, long blocks, long which) {
+    const long first = rows * which / blocks;
+    return {first, int(rows * (which + 1) / blocks - first)};
+}
+
+// sum[r][o] += Σ x[step][r] · y[step][o] over steps in order, for R rows and a slice of the outputs.
+template <class M, int R>
+void add_steps(const typename Step<M>::Term* x, const typename Step<M>::Place* y, long steps, float* sums) {
+    Vec<float> sum[R][VECTORS];  // in registers only where all loops over them are unrolled
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < VECTORS; ++v) sum[r][v] = load<float>(sums + r * WIDTH + v * LANES<float>);
+    for (long step = 0; step < steps; ++step, x += R, y += WIDTH) {
+        decltype(Step<M>::read(y)) part[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) part[v] = Step<M>::read(y + v * LANES<float>);
+        __builtin_prefetch(y + 16 * WIDTH);
+        __builtin_prefetch(y + 16 * WIDTH + 64 / sizeof(*y));
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < VECTORS; ++v) Step<M>::add(sum[r][v], x[r], part[v]);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < VECTORS; ++v) store<float>(sums + r * WIDTH + v * LANES<float>, sum[r][v]);
+}
+
+template <class M>
+using AddSteps = void (*)(const typename Step<M>::Term*, const typename Step<M>::Place*, long, float*);
+
+template <class M, int... I> constexpr AddSteps<M> add_steps_of(int rows, std::integer_sequence<int, I...>) {
+    constexpr AddSteps<M> all[] = {add_steps<M, I + 1>...};
+    return all[rows - 1];
+}
+
+template <class M> class Work {
+    using Term = typename Step<M>::Term;
+    using Place = typename Step<M>::Place;
+    const Product<M>& call;
+    const long steps = call.inputs / Step<M>::INPUTS, blocks = (call.rows + ROWS - 1) / ROWS;
+    Term* const terms;  // of each block: (steps, rows of the block)
+
+public:
+    Work(const Product<M>& call, Term* terms) : call(call), terms(terms) {}
+
+    // What a step takes of a block's rows put together: read row by row, rows of some widths would drive
+    // each other out of the cache.
+    void turn(long which) const {
+        const Block block = block_of(call.rows, blocks, which);
+        Term* to = terms + block.first * steps;
+        for (int r = 0; r < block.count; ++r) {
+            const M* from = call.x + (block.first + r) * call.inputs;
+            for (long step = 0; step < steps; ++step)
+                to[step * block.count + r] = Step<M>::term(from + step * Step<M>::INPUTS);
+        }
+    }
+
+    // A panel's outputs for some of the blocks.
+    void panel(long which, long begin, long end) const {
+        thread_local Buffer<float> room;
+        const long first = block_of(call.rows, blocks, begin).first;
+        const Block last = block_of(call.rows, blocks, end - 1);
+        const long rows = last.first + last.count - first;
+        float* sums = room.of(rows * WIDTH);
+        std::fill(sums, sums + rows * WIDTH, 0.0f);
+        const Place* places = static_cast<const Place*>(call.panels) + which * steps * WIDTH;
+        for (long step = 0; step < steps; step += STEPS)
+            for (long at = begin; at < end; ++at) {
+                const Block block = block_of(call.rows, blocks, at);
+                const auto add = add_steps_of<M>(block.count, std::make_integer_sequence<int, ROWS>{});
+                const Term* x = terms + block.first * steps + step * block.count;
+                for (int slice = 0; slice < WIDTH; slice += SLICE)
+                    add(x, places + step * WIDTH + slice, std::min(STEPS, steps - step),
+                        sums + (block.first - first) * WIDTH + slice);
+            }
+        for (long r = 0; r < rows; ++r) give(sums + r * WIDTH, first + r, which * WIDTH);
+    }
+
+private:
+    void give(float* sums, long row, long output) const {
+        const long count = std::min<long>(WIDTH, call.outputs - output);
+        if (call.bias)
+            for (long o = 0; o < count; ++o) sums[o] += widen(call.bias[output + o]);
+        alignas(64) M small[WIDTH];
+        M* to = call.out + row * call.outputs + output;
+        M* direct = count == WIDTH ? to : small;
+        for (int o = 0; o < WIDTH; o += LANES<float>) store_narrow(direct + o, load<float>(sums + o));
+        if (direct == small) std::copy(small, small + count, to);
+    }
+};
+
+template <class M> void multiply(const Product<M>& call) {
+    using Term = typename Step<M>::Term;
+    thread_local Buffer<Term> room;
+    if (call.rows == 0 || call.outputs == 0) return;
+    const Work<M> work(call, room.of(call.rows * call.inputs));
+    const long blocks = (call.rows + ROWS - 1) / ROWS, panels = (call.outputs + WIDTH - 1) / WIDTH;
+    const long groups = (call.rows + GROUP - 1) / GROUP;
+    const long bytes = call.inputs * WIDTH * long(sizeof(M));
+    const long chunk = std::max(1L, std::min(CHUNK / bytes, panels / (8 * call.threads)));
+    const long chunks = (panels + chunk - 1) / chunk;
+    for_each(int(blocks), blocks > 4 ? call.threads : 1, [&](int which) { work.turn(which); });
+    const bool little = double(call.inputs) * call.outputs * std::max<int64_t>(call.rows, 4) < LITTLE;
+    const int pieces = int(chunks * groups);
+    for_each(pieces, little ? 1 : call.threads, [&](int which) {
+        const int piece = pieces - 1 - which;  // memory is read upwards
+        const long group = piece % groups, first = piece / groups * chunk;
+        for (long panel = first; panel < std::min(panels, first + chunk); ++panel)
+            work.panel(panel, blocks * group / groups, blocks * (group + 1) / groups);
+    });
+}
+
+// --- Into panels: of words (rows, steps), each what a step takes of a row, WIDTH rows side by side
+
+template <class Word> void fill(const Word* from, Word* to, long rows, long steps, int threads) {
+    const long panels = (rows + WIDTH - 1) / WIDTH;
+    for_each(int(panels), threads, [=](int which) {
+        constexpr long SIDE = 256 / sizeof(Word);  // words of each row in turn: several cache lines
+        const long first = which * long(WIDTH), count = std::min<long>(WIDTH, rows - first);
+        Word* panel = to + first * steps;
+        alignas(64) Word square[SIDE * WIDTH] = {};  // rows beyond the last stay zero
+        for (long begin = 0; begin < steps; begin += SIDE) {
+            const long some = std::min(SIDE, steps - begin);
+            for (long row = 0; row < count; ++row) {
+                const Word* here = from + (first + row) * steps + begin;
+                for (int line = 0; line < 4; ++line) __builtin_prefetch(here + SIDE + line * SIDE / 4);
+                for (long step = 0; step < some; ++step) square[step * WIDTH + row] = here[step];
+            }
+            std::copy(square, square + some * WIDTH, panel + begin * WIDTH);
+        }
+    });
+}
+
+}  // namespace
+
+extern "C" void fill_16(const uint16_t* from, uint16_t* to, int64_t rows, int64_t steps, int32_t threads) {
+    fill(from, to, rows, steps, threads);
+}
+extern "C" void fill_32(const uint32_t* from, uint32_t* to, int64_t rows, int64_t steps, int32_t threads) {
+    fill(from, to, rows, steps, threads);
+}
+
+#define ENTRY(name, M)                                                                                \
+    extern "C" void name(const M* x, const void* panels, const M* bias, M* out, int64_t rows,         \
+                         int64_t inputs, int64_t outputs, int32_t threads) {                          \
+        multiply<M>({x, panels, bias, out, rows, inputs, outputs, threads});                          \
+    }
+
+ENTRY(multiply_float32, float)
+ENTRY(multiply_bfloat16, bfloat16)
+ENTRY(multiply_float16, float16)

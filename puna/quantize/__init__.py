@@ -1,0 +1,1 @@
+"""Quantization: a model rewritten so that its matrices take less memory, or lie as products read them."""

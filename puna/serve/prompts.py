@@ -1,0 +1,162 @@
+"""A request → the ids it becomes: through the model's chat template, the plain one, or as given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from puna.engine.answer import Request
+from puna.errors import PunaError
+from puna.serve.bodies import parse_body
+from puna.serve.faults import BadRequest
+from puna.serve.sampling import chat_params, completion_params, room_after, stops_of
+from puna.serve.schema import Asked, ChatRequest, CompletionRequest
+from puna.serve.state import ServerState
+from puna.serve.tools import Binding, bind, conversation
+from puna.tokenizer import chat
+from puna.tokenizer.tokenizer import Tokenizer
+
+PLAIN = "plain"
+PLAIN_STOP = ("\nUser:",)  # a model that was never taught to stop goes on with what the user says next
+PLAIN_NOTE = "this model has no chat template; the conversation was written in the plain format"
+OWN = "model"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A request for completions, ready for the engine: nothing of it takes long any more."""
+
+    asked: Asked
+    requests: list[Request]
+    """One for each prompt."""
+    echoes: list[str | None]
+    """What each prompt's text was; None where it was ids."""
+    binding: Binding | None = None
+    """What holds an answer in a conversation; None for completions of prompts."""
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+
+    @property
+    def said(self) -> Any:
+        """What was asked, for the log."""
+        if isinstance(self.asked, ChatRequest):
+            return _messages(self.asked)
+        return [echo or list(r.prompt) for echo, r in zip(self.echoes, self.requests, strict=True)]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation as a template takes it."""
+
+    tokenizer: Tokenizer
+    template: str | None
+    messages: list[dict[str, Any]]
+    variables: Mapping[str, Any]
+
+    def ids(self) -> list[int]:
+        """What the model reads."""
+        return chat.render(self.tokenizer, self.messages, self.template, variables=self.variables)
+
+    def text(self) -> str:
+        """The same for people."""
+        return chat.render_text(self.tokenizer, self.messages, self.template, variables=self.variables)
+
+
+def completion_task(state: ServerState, raw: bytes) -> Task:
+    """The body of a request for completions, made ready.
+
+    Raises:
+        BadRequest, InputError: it is at fault.
+    """
+    asked, _ = parse_body(CompletionRequest, raw)
+    check_model(state, asked.model)
+    params = completion_params(asked)
+    prompts = _prompts(asked.prompt)
+    requests = [state.llm.request(state.llm.ids(prompt), params, continues=True) for prompt in prompts]
+    return Task(asked, requests, [prompt if isinstance(prompt, str) else None for prompt in prompts])
+
+
+def chat_task(state: ServerState, raw: bytes) -> Task:
+    """The body of a request for a chat completion, made ready.
+
+    Raises:
+        BadRequest, InputError: it is at fault.
+    """
+    asked, binding, talk = _conversation(state, raw)
+    plain = talk.template == PLAIN
+    ids = talk.ids()
+    room = room_after(len(ids), state.llm.context, state.worker.load.blocks)
+    params = chat_params(asked, binding, room, PLAIN_STOP if plain else ())
+    note = ((b"x-puna-note", PLAIN_NOTE.encode()),) if plain else ()
+    return Task(asked, [state.llm.request(ids, params, continues=False)], [None], binding, note)
+
+
+def applied(state: ServerState, raw: bytes) -> dict[str, Any]:
+    """The prompt that the body of a request for a chat completion becomes: text, ids, and by which template.
+
+    Raises:
+        BadRequest, InputError: it is at fault.
+    """
+    _, _, talk = _conversation(state, raw)
+    return {"prompt": talk.text(), "tokens": talk.ids(), "template": template_name(state)}
+
+
+def template_name(state: ServerState) -> str | None:
+    """What conversations are written by: a name of TEMPLATES, "model" for its own, "custom" for another."""
+    if state.llm.tokenizer is None:
+        return None
+    template = _template(state, state.llm.tokenizer)
+    return OWN if template is None else template if template in chat.TEMPLATES else "custom"
+
+
+def check_model(state: ServerState, name: str | None) -> None:
+    """Whether a request means the model that is served.
+
+    Raises:
+        BadRequest: it names another, 404.
+    """
+    if name is not None and name not in state.names:
+        raise BadRequest(
+            f"the model {name!r:.100} is not served here; the one that is: {state.model_id!r}",
+            "model",
+            "model_not_found",
+            404,
+        )
+
+
+def _conversation(state: ServerState, raw: bytes) -> tuple[ChatRequest, Binding, Conversation]:
+    asked, values = parse_body(ChatRequest, raw)
+    check_model(state, asked.model)
+    tokenizer = state.llm.tokenizer
+    if tokenizer is None:
+        raise BadRequest(
+            "this model has no tokenizer, so it takes no conversation; ask /v1/completions with token ids"
+        )
+    template = _template(state, tokenizer)
+    ends = (*stops_of(asked), *(PLAIN_STOP if template == PLAIN else ()))
+    binding = bind(values.get("tools"), values.get("tool_choice"), values.get("response_format"), ends)
+    try:
+        messages, variables = conversation(tokenizer, template, _messages(asked), binding.tools)
+        return asked, binding, Conversation(tokenizer, template, messages, variables)
+    except PunaError as error:
+        raise BadRequest(str(error), "messages") from None
+
+
+def _template(state: ServerState, tokenizer: Tokenizer) -> str | None:
+    return state.settings.template or (PLAIN if tokenizer.chat_template is None else None)
+
+
+def _messages(asked: ChatRequest) -> list[dict[str, Any]]:
+    """In OpenAI's form, with contents as texts and what was left out left out."""
+    messages = [message.model_dump(exclude_none=True) for message in asked.messages]
+    for message in messages:
+        if message["role"] == "developer":
+            message["role"] = "system"
+        if isinstance(content := message.get("content"), list):
+            message["content"] = "".join(part["text"] for part in content)
+        message.pop("annotations", None)
+    return messages
+
+
+def _prompts(prompt: Any) -> list[str | list[int]]:
+    return prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]

@@ -1,0 +1,44 @@
+"""What every route can reach: the model, its engine at work, the settings, the figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from puna.engine.llm import LLM
+from puna.serve.record import Record
+from puna.serve.settings import ServeSettings
+from puna.serve.worker import EngineThread, Observer
+
+
+class Figures(Observer, Protocol):
+    """What has been measured since the server started."""
+
+    def finished(self, record: Record) -> None:
+        """An HTTP request has ended. Called by the guard, in the event loop."""
+
+    def exposition(self) -> bytes:
+        """In Prometheus' text format."""
+
+    def status(self, state: ServerState) -> dict[str, Any]:
+        """What the live view shows, as JSON."""
+
+
+@dataclass
+class ServerState:
+    """A server while it runs; `app.state.server`."""
+
+    llm: LLM
+    worker: EngineThread
+    settings: ServeSettings
+    model_id: str
+    """What `/v1/models` calls the model."""
+    names: frozenset[str]
+    """By which clients may name it, `model_id` included."""
+    fingerprint: str
+    """Of model and program: the same one means the same answers to the same requests."""
+    created: int
+    """When the server started, in seconds since 1970."""
+    metrics: Figures
+    draining: bool = False
+    """Whether it takes on nothing new, and ends when all is answered."""

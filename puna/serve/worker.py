@@ -1,0 +1,395 @@
+"""The engine at work on a thread of its own: requests come from the event loop, pieces of answers go back."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from puna.engine.answer import Answer, Request, Track
+from puna.engine.completion import Completion, completion
+from puna.engine.engine import Engine, Load
+from puna.engine.params import TokenLogprobs
+from puna.engine.sequence import FinishReason
+from puna.errors import InputError, PunaError, ResourceError
+
+PATIENCE = (1, 60)  # seconds that a client is told to wait where the queue is full, at least and at most
+NEWEST = 0.1  # weight of the newest answer in the average of how long answers take
+
+
+class QueueFull(PunaError):
+    """Too many answers wait already."""
+
+    def __init__(self, waiting: int, retry_after: int) -> None:
+        """`retry_after`: seconds after which there may be room."""
+        super().__init__(
+            f"the server has {waiting:,} answers to make already; try again in {retry_after} seconds"
+        )
+        self.retry_after = retry_after
+
+
+class Stopped(PunaError):
+    """The server is stopping, or its engine has failed: nothing more is answered."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What came to one of a job's sequences since the last look.
+
+    `text` is what is certain: behind the tokens where it may yet be cut, or a character is incomplete.
+    """
+
+    index: int
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    finish_reason: FinishReason | None
+
+
+class Observer(Protocol):
+    """Who wants to know how the work goes."""
+
+    def stepped(self, sequences: int, rows: int, seconds: float) -> None:
+        """A step of so many sequences and rows has been computed. Called on the engine's thread."""
+
+    def ended(self, job: Job) -> None:
+        """A job has ended, well or not. Called in the event loop, once for each job."""
+
+
+class Job:
+    """A request on its way through the engine; for the event loop only.
+
+    Times are of `time.monotonic`; None where it did not come so far.
+    """
+
+    def __init__(self, answer: Answer, arrived: float) -> None:
+        self.answer, self.arrived = answer, arrived
+        self.started: float | None = None
+        """When the first rows of it began to be computed."""
+        self.first_token: float | None = None
+        self.last_token: float | None = None
+        self.ended: float | None = None
+        self.error: BaseException | None = None
+        self._news: list[Delta] = []
+        self._changed = asyncio.Event()
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """What comes, in order; where the reader is slow, all that came to a sequence meanwhile is one.
+
+        Raises:
+            Exception: what ended the answer, where something did.
+        """
+        while self.ended is None or self._news:
+            if not self._news:
+                await self._next()
+            news, self._news = self._news, []
+            for delta in _merged(news):
+                yield delta
+        if self.error is not None:
+            raise self.error
+
+    async def completion(self) -> Completion:
+        """The whole answer, once it is there.
+
+        Raises:
+            Exception: what ended the answer, where something did.
+        """
+        while self.ended is None:
+            await self._next()
+        if self.error is not None:
+            raise self.error
+        return completion(self.answer)
+
+    async def _next(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+    def note(self, news: News) -> None:
+        """Take in what the engine's thread reports."""
+        self._news += news.deltas
+        if self.started is None:
+            self.started = news.started
+        if any(delta.tokens for delta in news.deltas):
+            self.first_token = self.first_token or news.at
+            self.last_token = news.at
+        if news.ended:
+            self.ended, self.error = news.at, news.error
+        self._changed.set()
+
+
+@dataclass(frozen=True)
+class News:
+    """What a step did to a job."""
+
+    job: Job
+    at: float
+    deltas: list[Delta]
+    started: float | None
+    ended: bool
+    error: BaseException | None = None
+
+
+class _Watched:
+    """A job as the engine's thread sees it, and how much of it has been told."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._given = [(0, 0, 0) for _ in job.answer.tracks]  # pieces, tokens, log-probabilities
+        self._ended = [False for _ in job.answer.tracks]
+        self._started = False
+
+    def news(self, step_began: float, now: float) -> News | None:
+        """What is new since the last time; None where nothing is."""
+        answer = self.job.answer
+        deltas = [d for i, track in enumerate(answer.tracks) if (d := self._delta(i, track)) is not None]
+        starts = not self._started and (
+            answer.tracks[0].sequence.computed > 0 or any(delta.tokens for delta in deltas)
+        )
+        if not (deltas or starts or answer.finished):
+            return None
+        self._started = self._started or starts
+        began = step_began if starts else None
+        return News(self.job, now, deltas, began, answer.finished, answer.error)
+
+    def _delta(self, index: int, track: Track) -> Delta | None:
+        sequence = track.sequence
+        counts = (len(track.pieces), len(sequence.tokens), len(sequence.logprobs))
+        reason = None if self._ended[index] else sequence.finish_reason
+        if counts == self._given[index] and reason is None:
+            return None
+        pieces, tokens, logprobs = self._given[index]
+        self._given[index], self._ended[index] = counts, reason is not None
+        return Delta(
+            index,
+            "".join(track.pieces[pieces:]),
+            tuple(sequence.tokens[tokens:]),
+            tuple(sequence.logprobs[logprobs:]),
+            reason,
+        )
+
+
+class EngineThread:
+    """Steps an engine while there is something to do; between steps it takes requests on and gives them up.
+
+    A step never waits for the event loop, and the event loop never for a step.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        observer: Observer,
+        max_waiting: int,
+        on_fault: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        """`max_waiting` answers may wait beside those that run.
+
+        `on_fault` is called in the event loop where the thread itself fails; then nothing is answered any
+        more. (What goes wrong in a step ends the answers concerned, and the thread goes on.)
+        """
+        self.fault: BaseException | None = None
+        """What the thread died of."""
+        self.unfinished = 0
+        """Answers that run, wait, or are being prepared."""
+        self.failures = 0
+        """Answers that ended in a fault of ours since the last one that did not."""
+        self._engine, self._observer, self._on_fault = engine, observer, on_fault
+        self._most = engine.settings.max_running + max_waiting
+        self._seconds = float(PATIENCE[0])  # that an answer takes, on average
+        self._jobs: dict[Answer, Job] = {}
+        # Constraints may take a second to compile; those who ask for none do not wait for them.
+        self._preparing = {bound: ThreadPoolExecutor(1, "puna-prepare") for bound in (False, True)}
+        self._orders: list[Callable[[], None]] = []
+        self._wake = threading.Condition()
+        self._closing = False
+        self._watched: dict[Answer, _Watched] = {}
+        self._began = 0.0
+        self._step_began: float | None = None
+        self._thread = threading.Thread(target=self._run, name="puna-engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work; call it in the event loop that the jobs are used in."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Give up what is unfinished, with `Stopped` as its error, and end the thread."""
+        self._closing = True
+        self._order(lambda: None)
+        await asyncio.to_thread(self._thread.join)
+        self._end_all(Stopped("the server is stopping"))
+        for pool in self._preparing.values():
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    async def submit(self, requests: Sequence[Request]) -> list[Job]:
+        """Take requests on, all or none.
+
+        Raises:
+            InputError: a constraint cannot be satisfied, an answer as long as it may get does not fit into
+                the cache, or more answers are asked for than may wait.
+            QueueFull: too many answers wait already.
+            Stopped: the server is stopping, or its engine has failed.
+        """
+        arrived = time.monotonic()
+        self._check_open()
+        count = sum(request.params.answers for request in requests)
+        self._check_room(count)
+        self.unfinished += count
+        try:
+            answers = [await self._prepared(request) for request in requests]
+            self._check_open()
+        except BaseException:
+            self.unfinished -= count
+            raise
+        jobs = tuple(Job(answer, arrived) for answer in answers)
+        self._jobs |= {job.answer: job for job in jobs}
+        self._order(lambda: self._admit(jobs))
+        return list(jobs)
+
+    def cancel(self, job: Job) -> None:
+        """Give a job up before the next step; one that has ended stays as it is."""
+        if job.ended is None:
+            self._order(lambda: self._engine.cancel(job.answer))
+
+    @property
+    def load(self) -> Load:
+        """What runs and waits, and how full the cache is."""
+        return self._engine.load
+
+    @property
+    def stepping_for(self) -> float:
+        """Seconds that the step at hand has taken so far; 0 between steps."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
+
+    # In the event loop.
+
+    def _check_open(self) -> None:
+        if self.fault is not None:
+            raise Stopped(f"the engine has failed: {self.fault}")
+        if self._closing:
+            raise Stopped("the server is stopping")
+
+    def _check_room(self, count: int) -> None:
+        if count > self._most:
+            raise InputError(
+                f"{count:,} answers are asked for at once, and this server makes {self._most:,} at most; "
+                "ask for fewer prompts, or a smaller n or best_of"
+            )
+        if self.unfinished + count > self._most:
+            rounds = self.unfinished / self._engine.settings.max_running
+            least, most = PATIENCE
+            raise QueueFull(self.unfinished, min(max(math.ceil(rounds * self._seconds), least), most))
+
+    async def _prepared(self, request: Request) -> Answer:
+        pool = self._preparing[request.params.constrained]
+        try:
+            return await self._loop.run_in_executor(pool, self._engine.prepare, request)
+        except ResourceError as error:  # it would not fit alone either
+            raise InputError(str(error)) from None
+
+    def _take(self, news: Iterable[News]) -> None:
+        """What a step did, to those who wait for it."""
+        for item in news:
+            if item.job.ended is None:
+                item.job.note(item)
+                if item.ended:
+                    self._ended(item.job)
+
+    def _ended(self, job: Job) -> None:
+        del self._jobs[job.answer]
+        self.unfinished -= job.answer.request.params.answers
+        if job.error is None and job.started is not None and job.ended is not None:
+            self._seconds += NEWEST * (job.ended - job.started - self._seconds)
+        if job.error is None:
+            self.failures = 0
+        elif not isinstance(job.error, PunaError):
+            self.failures += 1
+        self._observer.ended(job)
+
+    def _end_all(self, error: PunaError) -> None:
+        now = time.monotonic()
+        self._take([News(job, now, [], None, True, error) for job in list(self._jobs.values())])
+
+    def _failed(self, error: BaseException) -> None:
+        self.fault = error
+        self._end_all(Stopped(f"the engine has failed: {type(error).__name__}: {error}"))
+        if self._on_fault is not None:
+            self._on_fault(error)
+
+    def _order(self, order: Callable[[], None]) -> None:
+        with self._wake:
+            self._orders.append(order)
+            self._wake.notify()
+
+    # On the engine's thread.
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                self._carry_out()
+                worked = self._step()
+                self._report()
+                if not worked:
+                    self._rest()
+        except BaseException as error:
+            self._loop.call_soon_threadsafe(self._failed, error)
+
+    def _carry_out(self) -> None:
+        with self._wake:
+            orders, self._orders = self._orders, []
+        for order in orders:
+            order()
+
+    def _step(self) -> bool:
+        times = self._engine.times
+        sequences, rows = times.sequences, times.rows
+        began = self._step_began = time.monotonic()
+        worked = self._engine.step()
+        self._step_began, self._began = None, began
+        if worked:
+            seconds = time.monotonic() - began
+            self._observer.stepped(times.sequences - sequences, times.rows - rows, seconds)
+        return worked
+
+    def _report(self) -> None:
+        now = time.monotonic()
+        news = [n for watched in self._watched.values() if (n := watched.news(self._began, now)) is not None]
+        if not news:
+            return
+        for item in news:
+            if item.ended:
+                del self._watched[item.job.answer]
+        self._loop.call_soon_threadsafe(self._take, news)
+
+    def _rest(self) -> None:
+        with self._wake:
+            while not self._orders:
+                self._wake.wait()
+
+    def _admit(self, jobs: tuple[Job, ...]) -> None:
+        for job in jobs:
+            self._engine.admit(job.answer)
+            self._watched[job.answer] = _Watched(job)
+
+
+def _merged(news: list[Delta]) -> list[Delta]:
+    """One delta for each sequence, in the order in which something first came to it."""
+    by_index: dict[int, Delta] = {}
+    for delta in news:
+        earlier = by_index.get(delta.index)
+        by_index[delta.index] = delta if earlier is None else _joined(earlier, delta)
+    return list(by_index.values())
+
+
+def _joined(first: Delta, second: Delta) -> Delta:
+    return replace(
+        second,
+        text=first.text + second.text,
+        tokens=first.tokens + second.tokens,
+        logprobs=first.logprobs + second.logprobs,
+    )
