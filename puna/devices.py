@@ -89,6 +89,13 @@ def free_memory(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes that a device has, free or not."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether it is Python's, a device's, or the CPU allocator's complaint, which is a plain RuntimeError."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):

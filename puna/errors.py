@@ -32,6 +32,8 @@ class PunaError(Exception):
     """
 
     exit_code = 1
+    told = False
+    """Whether its message stands in a log already, so that nobody needs to say it again."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(printable(message, LONGEST))
@@ -108,13 +110,13 @@ def printable(text: str, longest: int) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """A suggestion to append to a message, or nothing when no choice is close.
+def nearest(name: str, choices: Iterable[str], closeness: float = 0.5) -> str:
+    """A suggestion to append to a message, or nothing when no choice is close; `closeness` 1 is the same.
 
     >>> nearest("adam", ["adamw", "sgd"])
     " Did you mean 'adamw'?"
     >>> nearest("xyz", ["adamw"])
     ''
     """
-    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=closeness)
     return f" Did you mean {close[0]!r}?" if close else ""

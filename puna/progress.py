@@ -150,6 +150,16 @@ def quantity(value: float) -> str:
     return f"{value:.3g}"
 
 
+def counted(count: float, noun: str) -> str:
+    """So many of something.
+
+    >>> counted(1, "request"), counted(1200, "request"), counted(0.5, "second")
+    ('1 request', '1,200 requests', '0.5 seconds')
+    """
+    amount = f"{count:,}" if isinstance(count, int) else f"{count:,g}"
+    return f"{amount} {noun}{'' if count == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """Seconds as a person says them.
 

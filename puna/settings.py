@@ -11,11 +11,12 @@ classes, which decide whether a run may be resumed after it changed:
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import tomli_w
@@ -25,6 +26,24 @@ from puna.errors import SettingsError, nearest
 
 Kind = Literal["meaning", "layout", "neutral"]
 S = TypeVar("S", bound="Settings")
+
+
+BYTES = re.compile(r"(\d+(?:\.\d+)?) ?([kmgt]?)(i?)b", re.IGNORECASE)
+
+
+def _byte_count(value: Any) -> Any:
+    """What a text such as 2GB or 512MiB stands for; other values as they are."""
+    if not isinstance(value, str):
+        return value
+    found = BYTES.fullmatch(value.strip())
+    if found is None:
+        raise ValueError(f"expected bytes as a number, or such as 2GB or 512MiB, got {value!r}")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " "))
+
+
+Bytes = Annotated[int, pydantic.BeforeValidator(_byte_count)]
+"""A number of bytes; 2GB, 512MiB and their like are taken too."""
 
 
 class Settings(pydantic.BaseModel):
@@ -183,6 +202,9 @@ def _explain(cls: type[Settings], fault: Any) -> str:
         return f"unknown setting {key!r}.{near or ' Settings here: ' + ', '.join(names)}"
     if fault["type"] == "missing":
         return f"{key!r} is required"
+    if fault["type"] == "model_type":
+        inner = ", ".join(f"{key}.{name}" for name in _field_names(cls, location))
+        return f"{key!r} is a group of settings, got {fault['input']!r}; give one of them: {inner}"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
         return message if key == "settings" else f"{key!r}: {message}"

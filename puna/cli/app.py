@@ -76,6 +76,8 @@ def run() -> NoReturn:
     try:
         code = app(standalone_mode=False)
     except PunaError as error:
+        if error.told:
+            sys.exit(error.exit_code)
         _fail(f"puna: {error}", error.exit_code)
     except typer.Exit as done:
         code = done.exit_code

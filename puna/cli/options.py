@@ -28,7 +28,7 @@ LowMemory = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Dtype = Annotated[str, typer.Option(help="auto, float64, float32, bfloat16 or float16.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings to change, as key=value.", show_default=False)
 ]

@@ -10,9 +10,11 @@ import typer
 
 from puna.cli.options import CacheDir, Device, Dtype, Model, Overrides, Revision, Template, Tokenizer, given
 from puna.cli.printing import note
-from puna.errors import MissingExtraError
+from puna.errors import MissingExtraError, SettingsError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from puna.engine.llm import LLM
 
 
@@ -38,18 +40,22 @@ def serve(
     """
     from puna.recipes.models import ModelChoice
     from puna.serve.settings import ServeSettings
-    from puna.settings import read_settings
+    from puna.settings import overridden, read_settings
 
     try:
         from puna.serve.server import serve as run
     except ModuleNotFoundError as missing:
         raise MissingExtraError(missing.name or "fastapi", "serve") from None
     options = given(host=host, port=port, template=template)
+    given_twice = overridden({}, overrides or ())
+    for name, value in options.items():
+        if given_twice.get(name, value) != value:
+            raise SettingsError(f"--{name} and {name}= say different things; leave one of them out")
     changes = [*(overrides or ()), *(f"{name}={json.dumps(value)}" for name, value in options.items())]
     chosen = read_settings(ServeSettings, settings, changes)
     choice = ModelChoice(model, revision, cache_dir, tokenizer)
 
-    def opened() -> LLM:
-        return choice.llm(device, dtype, note, chosen.engine)
+    def opened(say: Callable[[str], None]) -> LLM:
+        return choice.llm(device, dtype, say, chosen.engine)
 
     run(opened, model, chosen, note)

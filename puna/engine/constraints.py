@@ -279,6 +279,30 @@ def _compile(library: LLTokenizer, grammar: str, what: str) -> LLMatcher:
     return matcher
 
 
+def beginning(params: SamplingParams, texts: Items[str]) -> str | None:
+    """The first of some texts that an answer held to what is asked for may begin with; None: with none.
+
+    This is said of all vocabularies that can write the text.
+
+    Raises:
+        InputError: what is asked for is malformed, cannot be satisfied, or is too complex.
+        MissingExtraError: llguidance is not installed.
+    """
+    found = described(params)
+    assert found is not None, "nothing is asked for"
+    try:
+        from llguidance import LLTokenizer
+    except ImportError:
+        raise MissingExtraError("llguidance", "serve") from None
+    what, grammar = found
+    matcher = _with_stack(lambda: _compile(LLTokenizer("byte"), grammar, what))
+    return next((text for text in texts if _follows(matcher.deep_copy(), text.encode())), None)
+
+
+def _follows(matcher: LLMatcher, text: bytes) -> bool:
+    return bool(matcher.try_consume_tokens(list(text)) == len(text))
+
+
 def _line(message: str) -> str:
     """What is meaningful in one of llguidance's messages, less the place in a text that we wrote."""
     lines = [line.strip() for line in message.splitlines()]

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from puna import formats
 from puna import tokenizer as tokenizers
-from puna.devices import choose_device, choose_dtype
+from puna.devices import choose_device, choose_dtype, total_memory
 from puna.engine.llm import LLM
 from puna.engine.settings import EngineSettings
-from puna.errors import InputError
+from puna.errors import InputError, SettingsError
 from puna.model.llama import Llama
 from puna.model.weights import Packed, Weights, load_weights
+from puna.progress import quantity
 from puna.settings import parse
 from puna.tokenizer.tokenizer import Tokenizer
 
@@ -56,6 +57,7 @@ def load(
         raise InputError(f"quantize={quantize!r}: no quantization scheme is available; leave it out")
     serving = engine if isinstance(engine, EngineSettings) else parse(EngineSettings, engine or {}, "engine")
     target = choose_device(device)
+    _check_memory(serving, target)
     kind = choose_dtype(dtype, target)
     source = formats.open_model(formats.resolve(path, revision=revision, cache_dir=cache_dir))
     chosen = source.tokenizer() if tokenizer is None else tokenizer
@@ -66,6 +68,16 @@ def load(
     load_weights(model, _on(target, kind, formats.expanded(source.weights)))
     ends = source.end_ids if chosen is None else (*source.end_ids, *chosen.end_ids)
     return LLM(model.eval(), chosen, tuple(dict.fromkeys(ends)), str(path), source.notes, serving, packs=True)
+
+
+def _check_memory(settings: EngineSettings, device: torch.device) -> None:
+    """Told before a model is read: main memory that is not there would end the process as it is used."""
+    asked, there = settings.cache_memory or 0, total_memory(device)
+    if asked > there:
+        raise SettingsError(
+            f"engine.cache_memory asks for {quantity(asked)}B, and {device} has {quantity(there)}B in all; "
+            "give less, or leave it out"
+        )
 
 
 def _on(device: torch.device, dtype: torch.dtype, weights: Weights) -> Weights:

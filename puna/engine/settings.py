@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from puna.settings import Settings
+from puna.settings import Bytes, Settings
 
 
 class EngineSettings(Settings):
@@ -16,9 +16,9 @@ class EngineSettings(Settings):
         SettingsError: through `puna.settings.parse`, in one line.
     """
 
-    cache_memory: int | None = Field(None, gt=0)
-    """Bytes for keys and values. None: a quarter of the free memory (half of a GPU's), and no more than
-    `max_running` sequences can use. Main memory is taken as it is used."""
+    cache_memory: Bytes | None = Field(None, gt=0)
+    """Bytes for keys and values, such as 2GB. None: a quarter of the free memory (half of a GPU's), and no
+    more than `max_running` sequences can use. Main memory is taken as it is used."""
     cache_dtype: Literal["auto", "int8"] = "auto"
     """auto: the model's own type; int8: each key and value of a head in eight bits and a scale."""
     step_tokens: int = Field(512, ge=1, le=32_768)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import signal
 import socket
 import subprocess
@@ -111,7 +112,11 @@ def _wait(target: Target, process: subprocess.Popen[bytes], ready: str, log: Pat
 
 def _last_words(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it printed nothing"
+    if not lines:
+        return "it printed nothing"
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # a log as JSON
+        return str(json.loads(lines[-1])["message"])
+    return lines[-1]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -144,6 +144,8 @@ class ModelEntry(Shape):
     owned_by: str
     context: int
     """Tokens of prompt and answer together, at most."""
+    max_model_len: int
+    """The same."""
     template: str | None
     """What conversations are written by: a name, `model` for its own, `custom`; null: it takes none."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import Callable
@@ -12,10 +11,13 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Match, Route
 
 from puna import __version__
-from puna.errors import InputError
+from puna.errors import InputError, nearest
 from puna.serve import answers, pages
+from puna.serve.aside import unless_left
+from puna.serve.bodies import CLOSE
 from puna.serve.description import WITH_BODY, body_of, describe, faults
 from puna.serve.exchange import CHAT, TEXT, Exchange, Kind, told
 from puna.serve.faults import INVALID, error_body
@@ -31,6 +33,7 @@ EVENT_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 PAGE = {"text/html": {"schema": {"type": "string"}}}
 METRICS = {"text/plain": {"schema": {"type": "string"}}}
 CLIENT_LEFT = 400  # nobody sees it
+NOT_FOUND, NOT_TAKEN = 404, 405
 FAILURES = 8  # in a row, after which the device or the program is broken rather than a request
 
 
@@ -128,6 +131,7 @@ def _get(
         responses={200: done, **faults()},
         openapi_extra=extra or None,
     )
+    app.add_api_route(path, endpoint, methods=["HEAD"], response_model=None, include_in_schema=False)
 
 
 async def chat_completions(request: Request) -> Response:
@@ -209,9 +213,10 @@ async def _exchange(request: Request, kind: Kind) -> Response:
 async def _computed(request: Request, work: Callable[[ServerState, bytes], dict[str, Any]]) -> Response:
     """What may take long is done on a thread, so that nobody else waits."""
     state, body = _server(request), await request.body()
-    return Response(
-        await asyncio.to_thread(lambda: json.dumps(work(state, body))), media_type="application/json"
-    )
+    working = state.aside.do(len(body), lambda: json.dumps(work(state, body)))
+    end = _record(request).arrived + state.settings.request_seconds
+    content = await unless_left(working, request.receive, end - time.monotonic())
+    return Response(content, media_type="application/json")
 
 
 def _server(request: Request) -> ServerState:
@@ -232,6 +237,7 @@ def _entry(state: ServerState) -> dict[str, Any]:
         "created": state.created,
         "owned_by": "puna",
         "context": state.llm.context,
+        "max_model_len": state.llm.context,
         "template": template_name(state),
     }
 
@@ -252,11 +258,26 @@ async def _fault(request: Request, error: Exception) -> Response:
 async def _http_fault(request: Request, error: Exception) -> Response:
     """A path or a method that is not there."""
     assert isinstance(error, HTTPException)
-    here = f"{request.method} {request.url.path}"
-    messages = {404: f"no such path: {here}; /openapi.json has them all", 405: f"{here} is not taken here"}
-    message = messages.get(error.status_code, str(error.detail))
+    here, headers = f"{request.method} {request.url.path}", dict(error.headers or {})
+    message = str(error.detail)
+    if error.status_code == NOT_FOUND:
+        near = nearest(request.url.path, [route.path for route in _routes(request)], CLOSE)
+        message = f"no such path: {here}; /openapi.json has them all.{near}"
+    elif error.status_code == NOT_TAKEN:
+        headers["Allow"] = allowed = ", ".join(_methods(request))
+        message = f"{here} is not taken here; this path takes {allowed}"
     _record(request).error = message
-    return _json(error_body(message, INVALID), error.status_code, dict(error.headers or {}))
+    return _json(error_body(message, INVALID), error.status_code, headers)
+
+
+def _routes(request: Request) -> list[Route]:
+    return [route for route in request.app.routes if isinstance(route, Route)]
+
+
+def _methods(request: Request) -> list[str]:
+    """That the path asked for takes."""
+    here = [route for route in _routes(request) if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in here for method in route.methods or ()})
 
 
 async def _client_left(request: Request, error: Exception) -> Response:

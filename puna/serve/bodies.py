@@ -12,7 +12,15 @@ from pydantic import BaseModel, ValidationError
 
 from puna.errors import nearest
 from puna.serve.faults import BadRequest
-from puna.serve.schema import UNSUPPORTED, Body
+from puna.serve.schema import (
+    NOT_HERE,
+    OTHER_NAMES,
+    UNSUPPORTED,
+    Body,
+    ChatRequest,
+    CompletionRequest,
+    Contradiction,
+)
 
 DEEPEST = 100  # levels: what walks through values recurses, and no conversation or schema needs as many
 FAULTS = 3  # told at once
@@ -42,6 +50,8 @@ _EXPECTED = {
     "union_tag_invalid": "an object whose {discriminator} is one of {expected_tags}",
     "union_tag_not_found": "an object with {discriminator}",
 }
+PATHS: dict[type[Body], str] = {ChatRequest: "/v1/chat/completions", CompletionRequest: "/v1/completions"}
+CLOSE = 0.75  # of names: farther ones are not meant
 _PROMPT = "text, a list of token ids, or a list of either"
 _WRONG_KIND = ("literal_error", "union_tag_invalid", "union_tag_not_found")
 B = TypeVar("B", bound=Body)
@@ -143,7 +153,14 @@ def _refusal(shape: type[Body], values: dict[str, Any], error: ValidationError) 
     for path, fault in _telling(faults):
         told.setdefault(path if path[:1] != ("prompt",) else path[:1], []).append(fault)
     messages = [_message(shape, path, at_path) for path, at_path in told.items()]
-    return BadRequest("; ".join(messages[:FAULTS]), ".".join(next(iter(told))) or None)
+    path, (first, *_) = next(iter(told.items()))
+    return BadRequest("; ".join(messages[:FAULTS]), ".".join((*path, *_blamed(first))) or None)
+
+
+def _blamed(fault: Any) -> Path:
+    """The field that contradicts another, below the object which has both."""
+    error = fault.get("ctx", {}).get("error")
+    return (error.param,) if isinstance(error, Contradiction) else ()
 
 
 Path = tuple[str, ...]
@@ -187,12 +204,35 @@ def _message(shape: type[Body], path: Path, faults: list[Any]) -> str:
     if len(path) == 1 and path[0] in UNSUPPORTED and path[0] in shape.model_fields:
         return f"{name!r} is not supported here; leave it out"
     if fault["type"] == "extra_forbidden":
-        names = _names(shape, path[:-1])
-        return f"unknown field {name!r}.{nearest(path[-1], names) or ' Leave it out.'}"
+        return f"unknown field {name!r}.{_instead(shape, path)}"
     if fault["type"] == "missing":
         return f"{name!r} is required"
     expected = _PROMPT if path == ("prompt",) else " or ".join(dict.fromkeys(map(_expected, faults)))
-    return f"{name!r}: expected {expected}, got {_shown(fault['input'])}"
+    if path[0] == "logit_bias" and fault["type"] == "string_pattern_mismatch":
+        expected = "token ids in digits as keys"
+    return f"{name!r}: expected {expected}, got {_got(fault)}"
+
+
+def _instead(shape: type[Body], path: Path) -> str:
+    """What to do with a field that is not known where it is."""
+    name = path[-1]
+    if len(path) == 1 and shape in PATHS:
+        if name in OTHER_NAMES:
+            return f" What is meant is {OTHER_NAMES[name]!r} here."
+        if name in NOT_HERE:
+            return " There is nothing like it here; leave it out."
+        others = [p for s, p in PATHS.items() if name in s.model_fields and name not in UNSUPPORTED]
+        if others:
+            return f" That is a field of {others[0]}; leave it out here."
+    return nearest(name, _names(shape, path[:-1]), CLOSE) or " Leave it out."
+
+
+def _got(fault: Any) -> str:
+    """What came; of an object that is of no known kind, that kind."""
+    value, kind = fault["input"], fault.get("ctx", {}).get("discriminator", "").strip("'")
+    if kind and isinstance(value, Mapping) and value:
+        return _shown(value[kind]) if kind in value else "one without it"
+    return _shown(value)
 
 
 def _expected(fault: Any) -> str:

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from puna.engine.text import overlap
 
-# As `tools` has answers written: from the first visible character on it is a call, or none.
-_BEGUN = re.compile(r'[ \n]{0,2}\{"name":"([a-zA-Z0-9_-]+)","parameters":')
+# As `tools` has calls written, up to their arguments: its pieces in turn, the name between them.
+_OPEN, _WITH = '{"name":"', '","parameters":'
+_BEGUN = re.compile(rf"[ \n]{{0,2}}{re.escape(_OPEN)}([a-zA-Z0-9_-]+){_WITH}")
+_NAMING = re.compile(rf"{re.escape(_OPEN)}[a-zA-Z0-9_-]+")
 
 
 class ToolCallReader:
     """An answer that may be a call, read while it comes: its text in pieces, deltas of OpenAI's out.
 
     A delta is {"content": text} or {"tool_calls": [{"index": 0, …}]}. The arguments of all of them joined are
-    the call's, to the letter. Content is given without the one of `ends` that it ends with.
+    the call's, to the letter. Content is given without the one of `ends` that it ends with. What begins as a
+    call and is cut before its arguments is neither: nothing is given of it, and the reason says "length".
     """
 
-    def __init__(self, ends: Sequence[str] = ()) -> None:
-        self._ends = ends
+    def __init__(self, ends: Sequence[str] = (), names: Container[str] = (), formed: bool = False) -> None:
+        """`formed`: what is no call of one of `names` may be JSON, as `tools` has it; else it is words."""
+        self._ends, self._names, self._formed = ends, names, formed
         self._held = ""  # what may still become either, or an end
         self._free = False
         self._arguments: _Object | None = None
@@ -32,20 +36,29 @@ class ToolCallReader:
             return _argument_deltas(self._arguments.push(text))
         self._held += text
         begun = None if self._free else _BEGUN.match(self._held)
-        if begun is not None:
+        if begun is not None and (begun[1] in self._names or not self._formed):
             self._arguments = _Object()
             return [_head(begun[1]), *_argument_deltas(self._arguments.push(self._held[begun.end() :]))]
-        self._free = self._free or self._held.strip(" \n")[:1] not in ("", "{")
+        self._free = self._free or begun is not None or not self._may_be_call()
         return self._content() if self._free else []
 
     def finish(self, reason: str | None) -> tuple[list[dict[str, Any]], str | None]:
         """What was held back until the end, and why the answer ended.
 
-        "tool_calls" where there is a whole call, else what came; a call cut before its arguments is text.
+        "tool_calls" where there is a whole call, else what came.
         """
-        if self._arguments is None:
-            return ([] if self._held in self._ends else _content_deltas(self._held)), reason
-        return [], "tool_calls" if self._arguments.closed and reason in ("stop", "length") else reason
+        if self._arguments is not None:
+            return [], "tool_calls" if self._arguments.closed and reason in ("stop", "length") else reason
+        cut = not self._free and not self._formed and "{" in self._held
+        return ([] if cut or self._held in self._ends else _content_deltas(self._held)), reason
+
+    def _may_be_call(self) -> bool:
+        """Whether what is held may go on as a call."""
+        text = self._held.lstrip(" \n")
+        if not self._formed:
+            return text[:1] in ("", "{")
+        naming = _NAMING.match(text)
+        return _OPEN.startswith(text) if naming is None else _WITH.startswith(text[naming.end() :])
 
     def _content(self) -> list[dict[str, Any]]:
         """What is held, but for what may be an end."""
@@ -87,10 +100,12 @@ class _Object:
 
 
 def answer_message(
-    text: str, reason: str | None, ends: Sequence[str] = ()
+    reader: ToolCallReader, text: str, reason: str | None
 ) -> tuple[dict[str, Any], str | None]:
-    """A whole answer: its `content`, null beside a call, and a call in `tool_calls`; and why it ended."""
-    reader = ToolCallReader(ends)
+    """A whole answer: its `content`, null beside a call, and a call in `tool_calls`; and why it ended.
+
+    A call that was cut before its arguments leaves an empty `content`.
+    """
     deltas = reader.push(text)
     held, reason = reader.finish(reason)
     calls = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]

@@ -11,7 +11,7 @@ from puna.serve.calls import ToolCallReader
 from puna.serve.faults import Fault
 from puna.serve.logprobs import ChatLogprobs, TextLogprobs, end_tokens, joined, said
 from puna.serve.prompts import Task
-from puna.serve.responses import Frame, echo_text, scores_only
+from puna.serve.responses import Frame, call_reader, echo_text, scores_only
 from puna.serve.schema import ChatRequest, CompletionRequest
 from puna.serve.worker import Delta, Job
 
@@ -72,7 +72,7 @@ class ChatChunks:
     def __init__(self, frame: Frame, task: Task) -> None:
         self._around = _Around(frame, self.KIND, task)
         assert isinstance(task.asked, ChatRequest)
-        self._turns = [_Turn(_reader(task)) for _ in range(task.asked.n or 1)]
+        self._turns = [_Turn(call_reader(task)) for _ in range(task.asked.n or 1)]
         self._logprobs = ChatLogprobs(frame.texts) if task.asked.logprobs else None
         self._ends = end_tokens(task.requests[0])
 
@@ -113,10 +113,6 @@ class ChatChunks:
             return "null"
         entries = said(delta.logprobs, delta.finish_reason, self._ends)
         return json.dumps(self._logprobs.of(entries)) if entries else "null"
-
-
-def _reader(task: Task) -> ToolCallReader | None:
-    return ToolCallReader(task.binding.ends) if task.binding is not None and task.binding.calls else None
 
 
 class TextChunks:

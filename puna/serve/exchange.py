@@ -16,6 +16,8 @@ from starlette.types import Receive, Scope, Send
 
 from puna.engine.completion import Completion
 from puna.errors import InputError
+from puna.progress import counted
+from puna.serve.aside import LIGHT, ended, left
 from puna.serve.chunks import DONE, WAITING, ChatChunks, Chunks, TextChunks, fault_event, usage_event
 from puna.serve.faults import Fault, TooLate, fault_of
 from puna.serve.logprobs import TokenTexts
@@ -33,7 +35,8 @@ EVENTS = (
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),  # a proxy in front must not collect the chunks
 )
-LIGHT = 4096  # bytes of a body that becomes a prompt within about a millisecond
+TOKEN_BYTES = 8  # of a response for each token, and for each likely one beside it ten times as many
+COMPILED = (b'"tools"', b'"response_format"')  # together they are compiled before the engine's own turn
 OURS = 500
 T = TypeVar("T")
 
@@ -67,11 +70,11 @@ class Exchange(Response):
         """Work until it is done, the client has left, or the time is over."""
         self._send_raw = send
         work = asyncio.create_task(self._work())
-        gone = asyncio.create_task(_left(receive))
+        gone = asyncio.create_task(left(receive))
         try:
             error = await self._watched(work, gone)
         finally:
-            await _ended(work, gone)
+            await ended(work, gone)
             for job in self._jobs:
                 self._state.worker.cancel(job)
             self._note()
@@ -92,7 +95,9 @@ class Exchange(Response):
                 return None
             if time.monotonic() >= deadline:
                 seconds = self._state.settings.request_seconds
-                return TooLate(f"the answer was not done within {seconds:g} seconds; ask for less at once")
+                return TooLate(
+                    f"the answer was not done within {counted(seconds, 'second')}; ask for less at once"
+                )
             await self._keep_alive()
 
     async def _work(self) -> None:
@@ -105,16 +110,21 @@ class Exchange(Response):
             await self._stream(frame, task)
         else:
             completions = [await job.completion() for job in self._jobs]
-            heavy = any(request.params.logprobs is not None for request in task.requests)
-            content = await _done(heavy, self._whole, frame, task, completions)
+            size = sum(_size(completion) for completion in completions)
+            content = await state.aside.do(size, lambda: self._whole(frame, task, completions))
             await self._send_whole(200, (JSON, *task.headers), content)
 
     async def _prepared(self) -> Task:
-        return await _done(len(self._body) > LIGHT, self._kind.task, self._state, self._body)
+        compiled = all(name in self._body for name in COMPILED)
+        size = max(len(self._body), LIGHT if compiled else 0)
+        return await self._state.aside.do(size, lambda: self._kind.task(self._state, self._body))
 
     def _whole(self, frame: Frame, task: Task, completions: list[Completion]) -> bytes:
         response = self._kind.response(frame, task, completions)
-        return json.dumps({**response, "usage": usage_of(task, self._jobs)}).encode()
+        choices = [json.dumps(choice) for choice in response["choices"]]  # others get a turn between two
+        whole = json.dumps({**response, "choices": [], "usage": usage_of(task, self._jobs)})
+        before, _, after = whole.partition('"choices": []')
+        return f'{before}"choices": [{", ".join(choices)}]{after}'.encode()
 
     async def _stream(self, frame: Frame, task: Task) -> None:
         self._record.stream = True
@@ -168,7 +178,7 @@ class Exchange(Response):
 
     async def _fail(self, error: BaseException) -> int:
         """Tell the client; the status that stands for it, sent or not."""
-        if isinstance(error, InputError) and self._task is not None and self._task.binding is not None:
+        if isinstance(error, InputError) and self._task is not None:
             error = self._task.binding.blamed(error)
         fault = told(error, self._record)
         if not self._started:
@@ -197,11 +207,6 @@ class Exchange(Response):
             record.answer = ["".join(track.pieces) for track in tracks]
 
 
-async def _done(heavy: bool, work: Callable[..., T], *given: Any) -> T:
-    """Heavy work is done on a thread, so that nobody else waits; for the rest that would only take longer."""
-    return await asyncio.to_thread(work, *given) if heavy else work(*given)
-
-
 def told(error: BaseException, record: Record) -> Fault:
     """What a client is told of an error, which the record has too: whole where it is a fault of ours."""
     fault = fault_of(error)
@@ -213,18 +218,15 @@ def _headers(fault: Fault) -> list[tuple[bytes, bytes]]:
     return [(name.lower().encode(), value.encode()) for name, value in fault.headers.items()]
 
 
+def _size(completion: Completion) -> int:
+    """About how many bytes it takes to write it."""
+    likely = 0
+    for listed in (completion.logprobs, completion.prompt_logprobs):
+        likely += sum(10 * (1 + len(entry.top)) for entry in listed or () if entry is not None)
+    own = TOKEN_BYTES * (len(completion.tokens) + likely)
+    return own + sum(_size(other) for other in completion.alternatives)
+
+
 def _since(record: Record, times: list[float | None]) -> float | None:
     known = [time for time in times if time is not None]
     return min(known) - record.arrived if known else None
-
-
-async def _left(receive: Receive) -> None:
-    """Until the client has left."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _ended(*tasks: asyncio.Task[None]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

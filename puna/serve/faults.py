@@ -62,7 +62,8 @@ def fault_of(error: BaseException) -> Fault:
             wait = {"Retry-After": str(error.retry_after)}
             return Fault(429, str(error), "rate_limit_error", code="queue_full", headers=wait)
         case Stopped() | ResourceError():  # before InputError, which it is one of: memory is short just now
-            return Fault(503, str(error), SERVER, code="unavailable", headers={"Retry-After": "1"})
+            told = str(error).replace("max_new_tokens", "max_tokens")  # as it is called here
+            return Fault(503, told, SERVER, code="unavailable", headers={"Retry-After": "1"})
         case InputError():
             return Fault(400, str(error), INVALID)
         case TooLate():

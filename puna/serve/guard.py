@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+from puna.progress import counted
 from puna.serve.faults import error_body
 from puna.serve.keys import Busy, Key, Keys, presented
 from puna.serve.logs import Log
@@ -37,6 +38,7 @@ OPEN = frozenset({"/", "/health", "/ready"})  # answered without a key
 PROBED = frozenset({"/health", "/ready"})  # by address, whatever the server is called
 BASIC = frozenset({"/status"})  # a browser may ask its user for the key
 WATCHED = frozenset({"/health", "/ready", "/metrics", "/status"})  # answered to the end
+LOOKS = WATCHED | {"/"}  # not logged where they went well
 BODIES = 32  # of the largest size may be held at once; beyond them requests are refused
 HEADERS = 64 << 10  # bytes of a request's headers
 AGAIN = 5  # seconds after which a server that stops may have another in its place
@@ -76,9 +78,10 @@ class Guard:
             self._ended(record, scope)
 
     def finished(self, record: Record, client: str | None = None) -> None:
-        """Count and log a request that has ended."""
+        """Count a request that has ended, and log it where somebody may want to know."""
         self._state.metrics.finished(record)
-        self._log.request(record, client)
+        if not _is_routine(record):
+            self._log.request(record, client)
 
     async def _answer(
         self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, reply: Reply
@@ -173,7 +176,7 @@ class Guard:
 
         def take(count: int) -> None:
             nonlocal taken
-            if self._held + count > BODIES * self._settings.max_body_bytes:
+            if self._held + count > BODIES * self._state.most_body:
                 raise Refused(
                     503,
                     "the server holds as much as it can; try again in a second",
@@ -192,7 +195,7 @@ class Guard:
         self, headers: dict[bytes, bytes], receive: Receive, take: Callable[[int], None]
     ) -> bytes:
         """The whole body, read before the app sees the request: JSON is of use only when complete."""
-        most, seconds = self._settings.max_body_bytes, self._settings.body_seconds
+        most, seconds = self._state.most_body, self._settings.body_seconds
         too_large = Refused(413, f"the body is too large; this server takes {most:,} bytes")
         if int(headers.get(b"content-length", b"0")) > most:
             raise too_large
@@ -210,7 +213,9 @@ class Guard:
                     if len(body) > most:
                         raise too_large
         except TimeoutError:
-            raise Refused(408, f"the body did not arrive within {seconds:g} seconds", CLOSE) from None
+            raise Refused(
+                408, f"the body did not arrive within {counted(seconds, 'second')}", CLOSE
+            ) from None
         return bytes(body)
 
     async def _failed(self, error: Exception, reply: Reply) -> None:
@@ -231,6 +236,12 @@ class Guard:
             record.route = declared.path if isinstance(declared, Route) else known
         client = scope.get("client")
         self.finished(record, client[0] if client else None)
+
+
+def _is_routine(record: Record) -> bool:
+    """Whether it is one of those looks at the server that went well: they come every few seconds."""
+    looks = record.method == "GET" and record.path in LOOKS
+    return looks and record.status is not None and record.status < 400 and record.error is None
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import math
 import os
+import re
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from pathlib import Path
 from stat import S_IROTH
 
 from puna.errors import SettingsError
+from puna.progress import counted
 
 ENVIRONMENT = "PUNA_API_KEYS"
 MINUTE = 60.0
+COMMENT = re.compile(r"(^|\s)#.*")
 SHORT = 16  # characters; a shorter key can be guessed
 SOON = 1  # seconds after which one of a key's own requests may have ended
 
@@ -60,11 +63,15 @@ class Allowance:
         if self._per_minute is not None and len(self._taken) >= self._per_minute:
             wait = max(1, math.ceil(self._taken[0] + MINUTE - now))
             raise Busy(
-                f"{self._per_minute:,} requests a minute are allowed; try again in {wait} seconds", wait
+                f"{counted(self._per_minute, 'request')} a minute {_are(self._per_minute)} allowed; "
+                f"try again in {counted(wait, 'second')}",
+                wait,
             )
         if self._at_once is not None and self._running >= self._at_once:
             raise Busy(
-                f"{self._at_once:,} requests at once are allowed; try again when one of them has ended", SOON
+                f"{counted(self._at_once, 'request')} at once {_are(self._at_once)} allowed; "
+                "try again when one has ended",
+                SOON,
             )
         if self._per_minute is not None:
             self._taken.append(now)
@@ -73,6 +80,10 @@ class Allowance:
     def give_back(self) -> None:
         """A request that was counted in has ended."""
         self._running -= 1
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 class Keys:
@@ -106,8 +117,14 @@ def read_keys(file: str | None, environment: Mapping[str, str] = os.environ) -> 
     """The keys of a file and of the environment, and what is to be said about them.
 
     Raises:
-        SettingsError: the file cannot be read, holds none, or a line of it is no key; a key came twice.
+        SettingsError: the file cannot be read, holds none, or a line of it is no key; a key came twice; the
+            setting or the variable is there, and empty.
     """
+    # Whoever names a place for keys believes the server closed: it must not be open.
+    if file is not None and not file.strip():
+        raise SettingsError("api_keys is empty; name a file of keys, or leave it out")
+    if ENVIRONMENT in environment and not environment[ENVIRONMENT].strip():
+        raise SettingsError(f"{ENVIRONMENT} is set and holds no key; give it one, or unset it")
     lines = [] if file is None else _lines(file)
     text = environment.get(ENVIRONMENT, "")
     parts = [(f"{ENVIRONMENT}, part {n}", part) for n, part in enumerate(text.split(","), 1)] if text else []
@@ -146,9 +163,11 @@ def _lines(file: str) -> list[tuple[str, str]]:
         raise SettingsError(f"api_keys: {file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise SettingsError(f"api_keys: {file} is no text; expected a key in each line") from None
-    lines = [(f"{file}, line {n}", line.strip()) for n, line in enumerate(text.splitlines(), 1)]
-    lines = [(where, line) for where, line in lines if line and not line.startswith("#")]
-    if not lines:  # a server that its owner believes closed must not be open
+    lines = [
+        (f"{file}, line {n}", COMMENT.sub("", line).strip()) for n, line in enumerate(text.splitlines(), 1)
+    ]
+    lines = [(where, line) for where, line in lines if line]
+    if not lines:
         raise SettingsError(f"api_keys: {file} holds no key; give it a line with one, or leave api_keys out")
     return lines
 

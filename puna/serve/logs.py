@@ -10,10 +10,13 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
+from collections.abc import Container
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
 from puna.errors import printable
+from puna.serve.masks import without_values
 from puna.serve.record import Record
 
 Format = Literal["text", "json"]
@@ -21,27 +24,21 @@ Format = Literal["text", "json"]
 WAITING = 10_000  # lines that may wait for a slow reader; beyond them lines are left out, and told
 LAST_SECONDS = 2.0  # that the last lines may take to be written
 LONGEST = 1000  # characters of a path or message
-VALUES = re.compile(r""",? got .*|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 PLAIN = re.compile(r"[!#-&(-~]+")  # can stand in a line of words without quotes
-
-
-def without_values(message: str) -> str:
-    """An error message without what it quotes of a request, which may be what somebody wrote.
-
-    >>> without_values("temperature: expected a number, got 'my secret'")
-    'temperature: expected a number'
-    >>> without_values("tool 'my secret' is not there")
-    "tool '…' is not there"
-    """
-    return VALUES.sub(lambda found: "" if " got " in found[0][:6] else "'…'", message)
 
 
 class Log:
     """Writes lines on a thread of its own: a reader of standard error that stops reading stops no answer."""
 
-    def __init__(self, kind: Format, prompts: bool = False, stream: TextIO | None = None) -> None:
-        """`prompts`: whether what was asked and answered is written too."""
-        self._kind, self._prompts, self._stream = kind, prompts, stream or sys.stderr
+    def __init__(
+        self,
+        kind: Format,
+        prompts: bool = False,
+        stream: TextIO | None = None,
+        names: Container[str] = (),
+    ) -> None:
+        """`prompts`: whether what was asked and answered is written too; `names` are the model's."""
+        self.kind, self._prompts, self._stream, self._names = kind, prompts, stream or sys.stderr, names
         self._lines: queue.Queue[str | None] = queue.Queue(WAITING)
         self._left_out = 0
         self._thread = threading.Thread(target=self._write, name="puna-log", daemon=True)
@@ -61,7 +58,7 @@ class Log:
             "stream": record.stream or None,
             "prompt_tokens": record.prompt_tokens or None,
             "completion_tokens": record.completion_tokens or None,
-            "finish_reasons": record.finish_reasons or None,
+            "finish_reasons": dict(Counter(record.finish_reasons)) or None,
             "queue_seconds": _rounded(record.queued),
             "first_token_seconds": _rounded(record.first_token),
             "gone": record.gone or None,
@@ -90,11 +87,11 @@ class Log:
         self._thread.join(LAST_SECONDS)
 
     def _error(self, message: str) -> str:
-        return printable(message if self._prompts else without_values(message), LONGEST)
+        return printable(message if self._prompts else without_values(message, self._names), LONGEST)
 
     def _put(self, level: str, event: str, facts: dict[str, Any]) -> None:
         known = {name: value for name, value in facts.items() if value is not None}
-        line = LINES[self._kind](datetime.now(UTC), level, event, known)
+        line = LINES[self.kind](datetime.now(UTC), level, event, known)
         try:
             self._lines.put_nowait(line)
         except queue.Full:
@@ -105,7 +102,7 @@ class Log:
             left_out, self._left_out = self._left_out, 0
             if left_out:
                 facts = {"message": f"{left_out:,} lines were left out: nobody read them in time"}
-                line += LINES[self._kind](datetime.now(UTC), "warning", "server", facts)
+                line += LINES[self.kind](datetime.now(UTC), "warning", "server", facts)
             try:
                 self._stream.write(line)
                 self._stream.flush()
@@ -153,8 +150,8 @@ LINES = {"json": _json_line, "text": _text_line}
 
 def _word(value: Any) -> str:
     """A value as one word without blanks, or between quotes."""
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        value = ",".join(value)
+    if isinstance(value, dict):
+        value = ",".join(f"{name}:{count}" for name, count in value.items())
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return text if PLAIN.fullmatch(text) else json.dumps(text)
 

@@ -13,7 +13,8 @@ from prometheus_client.registry import Collector
 
 from puna import __version__
 from puna.engine.engine import Engine
-from puna.serve.logs import without_values
+from puna.serve.facts import model_facts
+from puna.serve.masks import without_values
 from puna.serve.recent import Rate, Window
 from puna.serve.record import Record
 from puna.serve.state import ServerState
@@ -130,7 +131,7 @@ class Metrics:
                     "status": record.status,
                     "kind": kind,
                     "key": record.key,
-                    "message": without_values(record.error or ""),
+                    "message": record.error or "",
                 }
             )
 
@@ -147,6 +148,7 @@ class Metrics:
         load, now = state.worker.load, time.monotonic()
         return {
             "model": state.model_id,
+            "model_facts": model_facts(state),
             "version": __version__,
             "since": self._began_at,
             "uptime_seconds": now - self._began,
@@ -165,7 +167,10 @@ class Metrics:
             },
             "latency_seconds": {name: window.percentiles() for name, window in self._windows.items()},
             "requests": dict(sorted(self._statuses.items())),
-            "errors": list(reversed(self._errors)),
+            "errors": [
+                {**error, "message": without_values(error["message"], state.names)}
+                for error in reversed(self._errors)
+            ],
         }
 
     def _note(self, name: str, seconds: float) -> None:

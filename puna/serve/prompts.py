@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from puna.engine.answer import Request
-from puna.errors import PunaError
+from puna.engine.params import SamplingParams
+from puna.errors import InputError, PunaError
 from puna.serve.bodies import parse_body
 from puna.serve.faults import BadRequest
-from puna.serve.sampling import chat_params, completion_params, room_after, stops_of
+from puna.serve.sampling import (
+    CONSTRAINTS,
+    chat_params,
+    check_entries,
+    completion_params,
+    room_after,
+    stops_of,
+)
 from puna.serve.schema import Asked, ChatRequest, CompletionRequest
 from puna.serve.state import ServerState
 from puna.serve.tools import Binding, bind, conversation
@@ -21,6 +29,9 @@ PLAIN = "plain"
 PLAIN_STOP = ("\nUser:",)  # a model that was never taught to stop goes on with what the user says next
 PLAIN_NOTE = "this model has no chat template; the conversation was written in the plain format"
 OWN = "model"
+SLACK = 4  # for tokenizers that drop some of a text, such as repeated spaces
+OF_IDS = ("stop_ids", "logit_bias", "stop")  # fields that the model may not be able to follow
+UNBOUND = Binding({})
 
 
 @dataclass(frozen=True)
@@ -32,8 +43,8 @@ class Task:
     """One for each prompt."""
     echoes: list[str | None]
     """What each prompt's text was; None where it was ids."""
-    binding: Binding | None = None
-    """What holds an answer in a conversation; None for completions of prompts."""
+    binding: Binding = UNBOUND
+    """What holds the answer."""
     headers: tuple[tuple[bytes, bytes], ...] = ()
 
     @property
@@ -68,12 +79,18 @@ def completion_task(state: ServerState, raw: bytes) -> Task:
     Raises:
         BadRequest, InputError: it is at fault.
     """
-    asked, _ = parse_body(CompletionRequest, raw)
+    asked, values = parse_body(CompletionRequest, raw)
     check_model(state, asked.model)
-    params = completion_params(asked)
+    binding = _held(asked, bind(response_format=values.get("response_format")))
+    params = completion_params(asked, binding)
     prompts = _prompts(asked.prompt)
-    requests = [state.llm.request(state.llm.ids(prompt), params, continues=True) for prompt in prompts]
-    return Task(asked, requests, [prompt if isinstance(prompt, str) else None for prompt in prompts])
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            _check_size(state, asked, len(prompt), "prompt")
+    requests = [_request(state, _ids(state, prompt), params, "prompt") for prompt in prompts]
+    check_entries(asked, requests, state.llm.context)
+    echoes = [prompt if isinstance(prompt, str) else None for prompt in prompts]
+    return Task(asked, requests, echoes, binding)
 
 
 def chat_task(state: ServerState, raw: bytes) -> Task:
@@ -88,7 +105,9 @@ def chat_task(state: ServerState, raw: bytes) -> Task:
     room = room_after(len(ids), state.llm.context, state.worker.load.blocks)
     params = chat_params(asked, binding, room, PLAIN_STOP if plain else ())
     note = ((b"x-puna-note", PLAIN_NOTE.encode()),) if plain else ()
-    return Task(asked, [state.llm.request(ids, params, continues=False)], [None], binding, note)
+    requests = [_request(state, ids, params, "messages")]
+    check_entries(asked, requests, state.llm.context)
+    return Task(asked, requests, [None], binding, note)
 
 
 def applied(state: ServerState, raw: bytes) -> dict[str, Any]:
@@ -130,16 +149,60 @@ def _conversation(state: ServerState, raw: bytes) -> tuple[ChatRequest, Binding,
     tokenizer = state.llm.tokenizer
     if tokenizer is None:
         raise BadRequest(
-            "this model has no tokenizer, so it takes no conversation; ask /v1/completions with token ids"
+            "this model has no tokenizer, so it takes no conversation; ask /v1/completions with token ids",
+            "messages",
         )
     template = _template(state, tokenizer)
     ends = (*stops_of(asked), *(PLAIN_STOP if template == PLAIN else ()))
     binding = bind(values.get("tools"), values.get("tool_choice"), values.get("response_format"), ends)
+    given = _messages(asked)
+    _check_size(state, asked, sum(1 + len(message.get("content") or "") for message in given), "messages")
     try:
-        messages, variables = conversation(tokenizer, template, _messages(asked), binding.tools)
-        return asked, binding, Conversation(tokenizer, template, messages, variables)
+        messages, variables = conversation(tokenizer, template, given, binding.tools)
+        return asked, _held(asked, binding), Conversation(tokenizer, template, messages, variables)
     except PunaError as error:
         raise BadRequest(str(error), "messages") from None
+
+
+def _check_size(state: ServerState, asked: Asked, characters: int, param: str) -> None:
+    """Refuse what cannot fit before it is cut into tokens, which of megabytes takes seconds."""
+    most = SLACK * state.longest_token * state.llm.context
+    if characters > most and asked.overflow in (None, "refuse"):
+        raise BadRequest(
+            f"{param}: {characters:,} characters are more than {state.llm.context:,} tokens can hold, and this "
+            'model takes no more; shorten it, or give overflow "truncate" or "slide"',
+            param,
+            "context_length_exceeded",
+        )
+
+
+def _held(asked: Asked, binding: Binding) -> Binding:
+    """What holds an answer, where none of OpenAI's fields does so perhaps one of Puna's own."""
+    own = next((name for name in CONSTRAINTS if getattr(asked, name)), None)
+    return replace(binding, param=own) if binding.param is None else binding
+
+
+def _ids(state: ServerState, prompt: str | list[int]) -> list[int]:
+    try:
+        return state.llm.ids(prompt)
+    except InputError as error:
+        raise BadRequest(str(error), "prompt") from None
+
+
+def _request(state: ServerState, ids: list[int], params: SamplingParams, param: str) -> Request:
+    """`param` is the field that became the ids."""
+    if len(ids) >= state.llm.context > 1 and params.overflow == "refuse":
+        raise BadRequest(
+            f"the prompt has {len(ids)} tokens; this model takes {state.llm.context}, the answer included; "
+            'shorten it, or give overflow "truncate" or "slide"',
+            param,
+            "context_length_exceeded",
+        )
+    try:
+        return state.llm.request(ids, params, continues=param == "prompt")
+    except InputError as error:
+        named = next((name for name in OF_IDS if str(error).startswith(name)), param)
+        raise BadRequest(str(error), named) from None
 
 
 def _template(state: ServerState, tokenizer: Tokenizer) -> str | None:

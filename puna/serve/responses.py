@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from puna.engine.completion import Completion
-from puna.serve.calls import answer_message
+from puna.serve.calls import ToolCallReader, answer_message
 from puna.serve.logprobs import ChatLogprobs, TextLogprobs, TokenTexts, end_tokens, joined, said
 from puna.serve.prompts import Task
 from puna.serve.schema import CompletionRequest
@@ -69,6 +69,14 @@ def text_response(frame: Frame, task: Task, completions: Sequence[Completion]) -
     return frame.around("text_completion", choices)
 
 
+def call_reader(task: Task) -> ToolCallReader | None:
+    """What reads an answer that may be a call; None where it cannot be."""
+    binding = task.binding
+    if not binding.calls:
+        return None
+    return ToolCallReader(binding.ends, binding.names, binding.formed)
+
+
 def echo_text(tokenizer: Tokenizer | None, task: Task, prompt: int, used: Sequence[int]) -> str:
     """A prompt's text: as it was given, or where it came as ids or was cut, what the ids used say."""
     given = task.echoes[prompt]
@@ -82,8 +90,8 @@ def echo_text(tokenizer: Tokenizer | None, task: Task, prompt: int, used: Sequen
 def _chat_choice(frame: Frame, task: Task, index: int, answer: Completion) -> dict[str, Any]:
     reason: str | None = answer.finish_reason
     message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
-    if task.binding is not None and task.binding.calls:
-        told, reason = answer_message(answer.text, reason, task.binding.ends)
+    if (reader := call_reader(task)) is not None:
+        told, reason = answer_message(reader, answer.text, reason)
         message |= told
     logprobs = None
     if answer.logprobs is not None:

@@ -1,11 +1,13 @@
 """The shapes of requests: OpenAI's fields, what is held against each, and the few that are Puna's own.
 
 Null is as good as leaving a field out. A field whose type admits nothing but what changes nothing, such as
-null or an empty text, is one of OpenAI's that is not supported; see UNSUPPORTED.
+null or an empty text, is one of OpenAI's that is not supported; see UNSUPPORTED. OTHER_NAMES and NOT_HERE are
+fields of other servers, for messages.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -16,6 +18,20 @@ UNSUPPORTED = frozenset(
         *("audio", "function_call", "functions", "modalities", "moderation", "prediction"),
         *("prompt_cache_options", "reasoning_effort", "suffix", "verbosity", "web_search_options"),
     }
+)
+OTHER_NAMES = {
+    **dict.fromkeys(("n_predict", "max_new_tokens", "max_completion_tokens"), "max_tokens"),
+    **dict.fromkeys(("guided_json", "json_schema"), "response_format"),
+    "top_logprobs": "logprobs",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "stop_token_ids": "stop_ids",
+    "min_tokens": "min_new_tokens",
+    "repeat_penalty": "repetition_penalty",
+}
+NOT_HERE = frozenset(
+    {"cache_prompt", "chat_template_kwargs", "add_generation_prompt", "truncate_prompt_tokens"}
 )
 MOST_PROMPTS = 2048
 MOST_LOGPROBS = 20
@@ -30,6 +46,17 @@ Bias = dict[
 ]
 
 
+_GBNF = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
+
+
+class Contradiction(ValueError):
+    """A field does not go with another; `param` is the one to blame."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
 class Body(BaseModel):
     """A JSON object: no coercion, unknown fields refused, numbers finite."""
 
@@ -41,6 +68,38 @@ class Body(BaseModel):
         populate_by_name=True,
         use_attribute_docstrings=True,
     )
+
+
+class PlainText(Body):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonObject(Body):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(Body):
+    """A JSON schema; without `schema` any object."""
+
+    name: Name
+    description: str | None = None
+    definition: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+    """Accepted; the answer always keeps to the schema."""
+
+
+class JsonBySchema(Body):
+    """JSON that a schema admits."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[PlainText | JsonObject | JsonBySchema, Field(discriminator="type")]
 
 
 class StreamOptions(Body):
@@ -72,13 +131,16 @@ class Asked(Body):
     """Taken from a token's logit once for each time it has occurred in the answer."""
     logit_bias: Bias | None = None
     """Added to the logits of these token ids."""
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    """The same seed gives the same answer, whoever else is being answered."""
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    """The same seed gives the same answer, whoever else is being answered. One below 0 stands for itself plus
+    2⁶³."""
     stop: Text | Annotated[list[Text], Field(max_length=256), FIRST] | None = None
     """Texts that end the answer, which is cut before the first of them."""
+    response_format: ResponseFormat | None = None
+    """What the answer is held to. Beside tools that the answer may call it is a call, or of this form."""
 
-    top_k: int | None = Field(None, ge=0)
-    """Puna's own: draw from the k likeliest tokens; 0: from all."""
+    top_k: int | None = Field(None, ge=-1)
+    """Puna's own: draw from the k likeliest tokens; 0 or -1: from all."""
     min_p: float | None = Field(None, ge=0, le=1)
     """Puna's own: leave out tokens below this share of the likeliest one's probability."""
     typical_p: float | None = Field(None, gt=0, le=1)
@@ -111,9 +173,17 @@ class Asked(Body):
     prompt_cache_retention: str | None = None
 
     @model_validator(mode="after")
-    def _check_stream(self) -> Self:
+    def _check_shared(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options goes with stream: true; give that, or leave stream_options out")
+            raise Contradiction(
+                "stream_options",
+                "stream_options goes with stream: true; give that, or leave stream_options out",
+            )
+        if self.grammar is not None and _GBNF.search(self.grammar):
+            raise Contradiction(
+                "grammar",
+                'grammar: expected llguidance\'s Lark notation, got GBNF ("::="); write rules as: start: "a"',
+            )
         return self
 
 
@@ -128,7 +198,7 @@ class CompletionRequest(Asked):
     )
     """Text or token ids, or a list of prompts. Special tokens spelled in a text are just text."""
     max_tokens: int | None = Field(None, ge=0)
-    """The longest answer; 16 unless given. 0, with echo, scores the prompt."""
+    """The longest answer, cut to what the context has left; else 16. 0, with echo, scores the prompt."""
     best_of: int | None = Field(None, ge=1, le=128)
     """Make so many answers and give the n of the highest mean log-probability."""
     echo: bool | None = None
@@ -141,14 +211,18 @@ class CompletionRequest(Asked):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError(
-                "max_tokens 0 asks for nothing; give 1 or more, or echo: true to score the prompt"
+            raise Contradiction(
+                "max_tokens",
+                "max_tokens 0 asks for nothing; give 1 or more, or echo: true to score the prompt",
             )
         if self.best_of is not None and self.best_of < (self.n or 1):
-            raise ValueError(f"best_of {self.best_of} is below n {self.n or 1}; raise best_of, or lower n")
+            raise Contradiction(
+                "best_of", f"best_of {self.best_of} is below n {self.n or 1}; raise best_of, or lower n"
+            )
         if self.stream and self.best_of is not None and self.best_of > (self.n or 1):
-            raise ValueError(
-                "best_of is only known at the end, so it cannot stream; leave out best_of or stream"
+            raise Contradiction(
+                "best_of",
+                "best_of is only known at the end, so it cannot stream; leave out best_of or stream",
             )
         return self
 
@@ -258,52 +332,18 @@ class NamedTool(Body):
     function: FunctionName
 
 
-class PlainText(Body):
-    """Any text."""
-
-    type: Literal["text"]
-
-
-class JsonObject(Body):
-    """Any JSON object."""
-
-    type: Literal["json_object"]
-
-
-class NamedSchema(Body):
-    """A JSON schema; without `schema` any object."""
-
-    name: Name
-    description: str | None = None
-    definition: dict[str, Any] | None = Field(None, alias="schema")
-    strict: bool | None = None
-    """Accepted; the answer always keeps to the schema."""
-
-
-class JsonBySchema(Body):
-    """JSON that a schema admits."""
-
-    type: Literal["json_schema"]
-    json_schema: NamedSchema
-
-
-ResponseFormat = Annotated[PlainText | JsonObject | JsonBySchema, Field(discriminator="type")]
-
-
 class ChatRequest(Asked):
     """Answer a conversation."""
 
     messages: Annotated[list[Message], Field(min_length=1), FIRST]
     max_tokens: int | None = Field(None, ge=1)
-    """The longest answer; what is left of the context unless given."""
+    """The longest answer, cut to what the context has left, which is meant too where it is not given."""
     max_completion_tokens: int | None = Field(None, ge=1)
     """The newer name of max_tokens."""
     logprobs: bool | None = None
     """Log-probabilities of the tokens."""
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     """And of so many likely ones beside each."""
-    response_format: ResponseFormat | None = None
-    """What the answer is held to."""
     tools: Annotated[list[Tool], FIRST] | None = None
     """Functions that the answer may call."""
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
@@ -326,9 +366,15 @@ class ChatRequest(Asked):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_completion_tokens is the newer name of max_tokens; give one of them")
+            raise Contradiction(
+                "max_completion_tokens",
+                "max_completion_tokens is the newer name of max_tokens; give one of them",
+            )
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs goes with logprobs: true; give that, or leave top_logprobs out")
+            raise Contradiction(
+                "top_logprobs",
+                "top_logprobs goes with logprobs: true; give that, or leave top_logprobs out",
+            )
         return self
 
 

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import PurePath
 
 import torch
 
@@ -23,16 +22,21 @@ from puna import __version__
 from puna.engine.fingerprint import fingerprint
 from puna.engine.llm import LLM
 from puna.errors import Interrupted, PunaError
+from puna.progress import counted
 from puna.serve.addresses import cannot_listen, listening_sockets, tls_context, url
 from puna.serve.app import make_app
 from puna.serve.connections import Connection, Listener
+from puna.serve.facts import described
 from puna.serve.guard import Guard
 from puna.serve.keys import Keys, read_keys
 from puna.serve.logs import Format, Log, LogHandler
+from puna.serve.masks import known_names
 from puna.serve.metrics import Metrics
+from puna.serve.names import model_names
 from puna.serve.origins import Origins, all_loopback
 from puna.serve.settings import ServeSettings
 from puna.serve.state import ServerState
+from puna.serve.templates import check_template, template_text
 from puna.serve.worker import EngineThread
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -46,7 +50,7 @@ Event = signal.Signals | BaseException
 
 
 def serve(
-    opened: Callable[[], LLM],
+    opened: Callable[[Say], LLM],
     model: str,
     settings: ServeSettings,
     say: Say,
@@ -56,16 +60,37 @@ def serve(
     What is wrong with settings, files or the port is told before the model is loaded.
 
     Args:
-        opened: gives the model.
+        opened: gives the model; what it is given says what is to be said.
         model: its path or hub id, as the user gave it; clients may call it so.
         settings: all else.
-        say: where remarks go, and one line when the server is ready.
+        say: where remarks go, and one line when the server is ready; with a log as JSON they go there.
 
     Raises:
         InputError: the settings, the model, or the port.
         Interrupted: a signal ended it.
         PunaError: the engine failed.
     """
+    name, names = model_names(model, settings.model_name)
+    with _logging(settings, names) as log:
+        say = log.say if log.kind == "json" else say
+        try:
+            _served(opened, (name, names), settings, log, say)
+        except PunaError as error:
+            if log.kind == "json":
+                log.say(str(error), "info" if isinstance(error, Interrupted) else "error")
+                error.told = True
+            raise
+
+
+def _served(
+    opened: Callable[[Say], LLM],
+    called: tuple[str, frozenset[str]],
+    settings: ServeSettings,
+    log: Log,
+    say: Say,
+) -> None:
+    """The same, with a log; `called` are the model's id and all its names."""
+    settings = settings.model_copy(update={"template": template_text(settings.template)})
     keys, remarks = read_keys(settings.api_keys)
     tls = tls_context(settings)
     sockets = listening_sockets(settings.host, settings.port)
@@ -75,13 +100,17 @@ def serve(
             remarks.append("whoever reaches this machine may ask: there are no API keys (api_keys=FILE)")
         for remark in remarks:
             say(f"note: {remark}")
-        llm = opened()
-        state, events = _state(llm, model, settings)
-        with _logging(settings) as log, _signals_kept():
+        llm = opened(say)
+        if fault := check_template(llm, settings.template):
+            say(f"note: {fault}")
+        state, events = _state(llm, called, settings)
+        with _signals_kept():
             known = Keys(keys, settings.requests_per_minute, settings.concurrent_requests)
             origins = Origins(settings.allowed_hosts, settings.cors_origins, local)
             guard = Guard(make_app(state), state, known, origins, log)
             listener = Listener(guard, sockets, settings, guard.finished, tls)
+            for line in described(state, len(keys)):
+                say(line)
             gc.freeze()  # libraries and model stay: looking through them stops the world for nothing
             asyncio.run(_Server(state, listener, events, log).run(sockets, tls, say))
     finally:
@@ -130,7 +159,9 @@ class _Server:
         self._state.draining = True
         listener, seconds = self._listener, self._state.settings.drain_seconds
         at_work = len(listener.requests)
-        self._log.say(f"{number.name}: what is at work ({at_work:,}) may go on for {seconds:g} seconds")
+        self._log.say(
+            f"{number.name}: what is at work ({at_work:,}) may go on for {counted(seconds, 'second')}"
+        )
         listener.end_idle()
         done = asyncio.ensure_future(self._done(set(listener.requests), listener.all))
         again = asyncio.ensure_future(self._events.get())
@@ -152,16 +183,19 @@ class _Server:
         left = len(self._listener.requests)
         if left:
             self._log.say(f"cutting off what is at work ({left:,})", "warning")
+        stuck = False
         try:
             await asyncio.wait_for(self._state.worker.stop(), STEP_SECONDS)
-        except TimeoutError:
-            self._leave(event)
+        except TimeoutError:  # what is unfinished has been told so all the same
+            stuck = True
         with contextlib.suppress(TimeoutError):
             requests, connections = set(self._listener.requests), self._listener.all
             await asyncio.wait_for(self._done(requests, connections), LAST_SECONDS)
         for task in tuple(self._listener.requests):
             task.cancel()
         self._listener.abort()
+        if stuck:
+            self._leave(event)
 
     async def _done(self, requests: set[asyncio.Task[None]], connections: set[Connection]) -> None:
         """Until requests are answered, and their answers sent."""
@@ -178,18 +212,19 @@ class _Server:
         os._exit(128 + event if isinstance(event, signal.Signals) else 1)
 
 
-def _state(llm: LLM, model: str, settings: ServeSettings) -> tuple[ServerState, asyncio.Queue[Event]]:
+def _state(
+    llm: LLM, called: tuple[str, frozenset[str]], settings: ServeSettings
+) -> tuple[ServerState, asyncio.Queue[Event]]:
     """What routes reach, and where signals and the engine's failure arrive."""
     events: asyncio.Queue[Event] = asyncio.Queue()
     metrics = Metrics(llm.engine)
     worker = EngineThread(llm.engine, metrics, settings.max_waiting, events.put_nowait)
-    name = settings.model_name or PurePath(model).name or model
     state = ServerState(
         llm=llm,
         worker=worker,
         settings=settings,
-        model_id=name,
-        names=frozenset({name, model}),
+        model_id=called[0],
+        names=called[1],
         fingerprint=_fingerprint(llm),
         created=int(time.time()),
         metrics=metrics,
@@ -204,18 +239,21 @@ def _fingerprint(llm: LLM) -> str:
 
 
 @contextmanager
-def _logging(settings: ServeSettings) -> Iterator[Log]:
+def _logging(settings: ServeSettings, names: frozenset[str]) -> Iterator[Log]:
     """A log, and what libraries say in it."""
     kind: Format = "json" if settings.log_format == "json" else "text"
     if settings.log_format == "auto":
         kind = "text" if sys.stderr.isatty() else "json"
-    log = Log(kind, settings.log_prompts)
+    known_names()  # found now, not while the first client that errs holds up the others
+    log = Log(kind, settings.log_prompts, names=names)
     handler, root, uvicorn = LogHandler(log), logging.getLogger(), logging.getLogger("uvicorn.error")
     root.addHandler(handler)
+    logging.captureWarnings(kind == "json")
     uvicorn.disabled = True  # the guard and the connections tell of the same with a request's id
     try:
         yield log
     finally:
+        logging.captureWarnings(False)
         root.removeHandler(handler)
         uvicorn.disabled = False
         log.close()

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+import re
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from puna.engine.settings import EngineSettings
-from puna.settings import Settings, parse
+from puna.settings import Bytes, Settings, parse
+
+OPTIONS = (
+    "tokenizer",
+    "device",
+    "dtype",
+    "revision",
+    "cache_dir",
+)  # of the command line: they choose a model
+
+
+def _listed(value: Any) -> Any:
+    """A text stands for a list of what its commas part."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Texts = Annotated[list[str], BeforeValidator(_listed)]
 
 
 class ServeSettings(Settings):
@@ -26,7 +44,7 @@ class ServeSettings(Settings):
     model_name: str | None = Field(None, min_length=1)
     """What clients call the model; none: the last part of its path or hub id."""
     template: str | None = None
-    """A chat template in place of the model's own: a name, or the text of one."""
+    """A chat template in place of the model's own: a name, a file, or the text of one."""
     api_keys: str | None = None
     """A file of keys, one in each line, perhaps after a name and white space; the environment's
     PUNA_API_KEYS, separated by commas, are taken too. Without any, whoever reaches the server may ask."""
@@ -36,17 +54,17 @@ class ServeSettings(Settings):
     """Of each key at the same time, or of everyone together where there are none."""
     max_waiting: int = Field(256, ge=0)
     """Answers that may wait beside those that run (`engine.max_running`); beyond them: 429."""
-    cors_origins: list[str] = []
+    cors_origins: Texts = []
     """Pages of these origins may ask from a browser, such as https://example.org; * is any."""
-    allowed_hosts: list[str] = []
+    allowed_hosts: Texts = []
     """Names by which clients reach the server; empty: any, and on loopback addresses only loopback's names,
     so that no page can ask by giving a name of its own to this machine."""
     tls_certificate: str | None = None
     """A PEM file: the certificate, and those between it and a root."""
     tls_key: str | None = None
     """A PEM file: the certificate's private key, without a passphrase."""
-    max_body_bytes: int = Field(8 << 20, ge=1024)
-    """Of a request; beyond it: 413."""
+    max_body_bytes: Bytes | None = Field(None, ge=1024)
+    """Of a request; beyond it: 413. None: what a prompt as long as the context may take, and 1 MiB beside."""
     max_connections: int = Field(4096, ge=1)
     """At once; beyond them the one that idles longest is closed, or the new one where none does."""
     header_seconds: float = Field(10.0, gt=0, le=3600)
@@ -67,6 +85,24 @@ class ServeSettings(Settings):
     """Whether the log has prompts and answers."""
     engine: EngineSettings = parse(EngineSettings, {})
     """Memory for answers, and how many are made at once."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_options(cls, values: Any) -> Any:
+        for name in OPTIONS:
+            if isinstance(values, dict) and name in values:
+                option = name.replace("_", "-")
+                raise ValueError(f"{name!r} is an option of the command, no setting; give --{option} VALUE")
+        return values
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _check_hosts(cls, hosts: list[str]) -> list[str]:
+        for host in hosts:
+            if "/" in host or re.fullmatch(r"[^:]+:\d*", host):
+                name = urlsplit(host if "//" in host else f"//{host}").hostname or "example.org"
+                raise ValueError(f"expected a name without scheme, port and path, got {host!r}; write {name}")
+        return hosts
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 from puna.engine.llm import LLM
+from puna.serve.aside import Aside
 from puna.serve.record import Record
 from puna.serve.settings import ServeSettings
 from puna.serve.worker import EngineThread, Observer
+
+BESIDE = 1 << 20  # bytes of a body beside its prompt
+TOKEN_BYTES = 32  # of a long token, escaped as JSON
 
 
 class Figures(Observer, Protocol):
@@ -40,5 +45,20 @@ class ServerState:
     created: int
     """When the server started, in seconds since 1970."""
     metrics: Figures
+    aside: Aside = field(default_factory=Aside)
+    """Where what takes long is done, beside the event loop."""
     draining: bool = False
     """Whether it takes on nothing new, and ends when all is answered."""
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest token; 0 without a tokenizer."""
+        tokenizer = self.llm.tokenizer
+        if tokenizer is None:
+            return 0
+        return max(len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size))
+
+    @property
+    def most_body(self) -> int:
+        """Bytes that a request's body may have."""
+        return self.settings.max_body_bytes or BESIDE + TOKEN_BYTES * self.llm.context

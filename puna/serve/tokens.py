@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from puna.errors import TokenizerError
 from puna.serve.bodies import parse_body
 from puna.serve.faults import BadRequest
 from puna.serve.schema import DetokenizeRequest, TokenizeRequest
@@ -18,7 +19,7 @@ def tokenized(state: ServerState, raw: bytes) -> dict[str, Any]:
         BadRequest: the body is at fault, or the model has no tokenizer.
     """
     asked, _ = parse_body(TokenizeRequest, raw)
-    tokenizer = _tokenizer(state)
+    tokenizer = _tokenizer(state, "content")
     ids = tokenizer.encode(asked.content, bos=bool(asked.add_special), specials=bool(asked.parse_special))
     if not asked.with_pieces:
         return {"tokens": ids}
@@ -29,16 +30,18 @@ def detokenized(state: ServerState, raw: bytes) -> dict[str, Any]:
     """Which text ids become, special tokens by name.
 
     Raises:
-        BadRequest: the body is at fault, or the model has no tokenizer.
-        TokenizerError: an id is not in the vocabulary.
+        BadRequest: the body is at fault, an id is not in the vocabulary, or the model has no tokenizer.
     """
     asked, _ = parse_body(DetokenizeRequest, raw)
-    return {"content": _tokenizer(state).decode(asked.tokens, specials=True)}
+    try:
+        return {"content": _tokenizer(state, "tokens").decode(asked.tokens, specials=True)}
+    except TokenizerError as error:
+        raise BadRequest(str(error), "tokens") from None
 
 
-def _tokenizer(state: ServerState) -> Tokenizer:
+def _tokenizer(state: ServerState, param: str) -> Tokenizer:
     if state.llm.tokenizer is None:
-        raise BadRequest("this model has no tokenizer; it takes and gives token ids")
+        raise BadRequest("this model has no tokenizer; it takes and gives token ids", param)
     return state.llm.tokenizer
 
 

@@ -2,19 +2,23 @@
 
 A call is written as Llama 3.1 does, {"name": …, "parameters": …}, compactly. An answer that begins with "{"
 is one, and any other is free text; so a reader (see `calls`) knows from the first visible character, and
-whatever is called is among the functions and given arguments that its schema admits.
+whatever is called is among the functions and given arguments that its schema admits. Beside a response_format
+an answer that is no call is JSON too: it is one where the first member is "name", that of a function, and the
+second "parameters", which no other answer may be.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from puna.engine import patterns
+from puna.engine.constraints import beginning
 from puna.engine.notation import json_rule
+from puna.engine.params import SamplingParams
 from puna.errors import InputError, TokenizerError, nearest
 from puna.serve.faults import BadRequest
 from puna.tokenizer import chat
@@ -23,21 +27,21 @@ from puna.tokenizer.tokenizer import Tokenizer
 MOST = 128  # functions, as at OpenAI
 # How errors begin that are about what binds an answer, and where in a grammar they say that the fault is.
 _FORMS = (
-    "the grammar",
-    "grammar has",
-    "the JSON schema",
-    "json_schema has",
-    "nothing that this model's vocabulary",
+    *("the grammar", "grammar has", "the JSON schema", "json_schema has", "a constraint has"),
+    *("the regular expression", "not a regular expression", "regex has", "half of a surrogate pair"),
+    *("the choice", "choice has", "constraints need", "nothing that this model's vocabulary"),
 )
 _PLACE = re.compile(r"the grammar cannot be used: at ([0-9]+)\([0-9]+\): ")
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
-# Both ends of a call around the name and the parameters; as constraints write JSON.
+# What is around the name and the parameters, as constraints write JSON: in JSON's own words, each by itself,
+# or the longest that an answer may go on with would be taken for the only one.
 _CALL = r"""
-call: "{\"name\":\"" (ALTERNATIVES) "}"
-WITH: ",\"parameters\":"
+call: "{" "\"name\"" ":" (ALTERNATIVES) "}"
+with: "," "\"parameters\"" ":"
 """
 _REQUIRED = "start: call"
+_FORM = "form: "
 # Some tokenizers begin whatever follows a colon with a space.
 _AUTO = r"""
 start: BLANK? call | TEXT | BLANK | ""
@@ -45,6 +49,12 @@ BLANK: /[ \n]{1,2}/
 TEXT: /\s*[^\s{](?s:.)*/WITHOUT
 """
 _WITHOUT = " & ~/(?s:.*){}(?s:.+)/"  # nothing follows it
+_FORMED = r"""
+start: BLANK? call | form
+BLANK: /[ \n]{1,2}/
+"""
+# Any object; but members come in the order of their schema, so "parameters" never follow the name.
+_ANY_BUT_CALLS: dict[str, Any] = {"type": "object", "properties": {"parameters": True, "name": True}}
 
 
 @dataclass(frozen=True)
@@ -52,18 +62,25 @@ class Binding:
     """What a request's `tools`, `tool_choice` and `response_format` make of its answer."""
 
     fields: Mapping[str, Any]
-    """Of SamplingParams: json_schema or grammar; empty where nothing binds the answer."""
+    """Of SamplingParams: json_schema or grammar; empty where none of the three binds the answer."""
     tools: tuple[Mapping[str, Any], ...] = ()
     """What the model is told of, in OpenAI's form; empty where nothing is to be called."""
     param: str | None = None
-    """The field of the request that binds, for messages."""
+    """The field of the request that binds, for messages: one of these, or one of Puna's own."""
     ends: tuple[str, ...] = ()
     """Texts of which an answer may write one at its end: it is no part of what it says."""
+    formed: bool = False
+    """Whether an answer that is no call is JSON."""
 
     @property
     def calls(self) -> bool:
         """Whether an answer may be a call: then a ToolCallReader reads it."""
         return bool(self.tools)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the functions that the model is told of."""
+        return [tool["function"]["name"] for tool in self.tools]
 
     def blamed(self, error: InputError) -> InputError:
         """What the engine says of an answer's form, said of the request's field; other errors as they are."""
@@ -71,10 +88,14 @@ class Binding:
         if self.param is None or not text.startswith(_FORMS):
             return error
         place = _PLACE.match(text)
-        if place is None:
+        if place is None or "grammar" not in self.fields:
             return BadRequest(f"{self.param}: {text}", self.param)
         line = self.fields["grammar"].splitlines()[int(place[1]) - 1]
-        name = line.partition(r'\"" WITH')[0].rpartition('"')[2]
+        if line.startswith(_FORM):
+            return BadRequest(
+                f"response_format: the JSON schema cannot be used: {text[place.end() :]}", "response_format"
+            )
+        name = line.partition(r'\"" with')[0].rpartition('"')[2]
         return BadRequest(
             f"tools: the parameters of {name!r} cannot be used: {text[place.end() :]}", self.param
         )
@@ -102,15 +123,18 @@ def bind(
         raise BadRequest(
             f"tool_choice {choice!r} needs tools to choose from, and there are none; give some", "tool_choice"
         )
-    if formed.fields:
+    told = tuple(_told(function) for function in functions.values())
+    if not formed.fields:
+        rules = (_auto(ends) if choice == "auto" else _REQUIRED) + _call(wanted)
+        return Binding({"grammar": rules}, told, "tools", tuple(ends))
+    if choice != "auto":
         raise BadRequest(
-            "response_format and tools contradict each other: an answer is held to the one or may call the "
-            'other; leave one out, or give tool_choice "none"',
+            "response_format and tool_choice contradict each other: an answer that must be a call has no "
+            'other form; leave one out, or give tool_choice "auto" or "none"',
             "response_format",
         )
-    rules = (_auto(ends) if choice == "auto" else _REQUIRED) + _call(wanted)
-    told = tuple(_told(function) for function in functions.values())
-    return Binding({"grammar": rules}, told, "tools", tuple(ends))
+    form = _form(formed.fields["json_schema"], wanted)
+    return Binding({"grammar": f"{_FORMED}{form}{_call(wanted)}"}, told, "tools", formed=True)
 
 
 def _formed(response_format: Mapping[str, Any] | None) -> Binding:
@@ -119,6 +143,24 @@ def _formed(response_format: Mapping[str, Any] | None) -> Binding:
         return Binding({})
     schema = (response_format.get("json_schema") or {}).get("schema")
     return Binding({"json_schema": True if schema is None else schema}, param="response_format")
+
+
+def _form(schema: Any, functions: Iterable[str]) -> str:
+    """The rule of an answer that is no call, by a schema which admits nothing that reads as one."""
+    wanted = _ANY_BUT_CALLS if schema is True else schema
+    try:
+        rule = json_rule(wanted)
+        heads = [f'{{"name":"{name}","parameters":' for name in functions]
+        head = beginning(SamplingParams(json_schema=wanted), heads)
+    except InputError as error:
+        raise BadRequest(f"response_format: {error}", "response_format") from None
+    if head is not None:
+        raise BadRequest(
+            f"response_format: an answer by this schema may begin with {head}, as a call of that function "
+            'does; rename a member, or forbid others by "additionalProperties": false',
+            "response_format",
+        )
+    return f"{_FORM}{rule}"
 
 
 def _functions(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -143,8 +185,9 @@ def _functions(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any
 
 def _named(functions: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Mapping[str, Any]]:
     if name not in functions:
+        known = ", ".join(map(repr, functions)) or "none"
         raise BadRequest(
-            f"tool_choice: no function {name!r} among the tools; expected one of {list(functions)}."
+            f"tool_choice: no function {name!r} among the tools, which are: {known}."
             + nearest(name, functions),
             "tool_choice",
         )
@@ -169,7 +212,7 @@ def _auto(ends: Sequence[str]) -> str:
 def _call(functions: Mapping[str, Mapping[str, Any]]) -> str:
     """The rules of a grammar by which one of these is called, each in a line: errors tell the line."""
     rules = [
-        rf'f{number}: "{name}\"" WITH {_parameters(name, function.get("parameters"))}'
+        rf'f{number}: "\"{name}\"" with {_parameters(name, function.get("parameters"))}'
         for number, (name, function) in enumerate(functions.items())
     ]
     alternatives = "|".join(f"f{number}" for number in range(len(rules)))

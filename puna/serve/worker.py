@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -17,8 +18,10 @@ from puna.engine.engine import Engine, Load
 from puna.engine.params import TokenLogprobs
 from puna.engine.sequence import FinishReason
 from puna.errors import InputError, PunaError, ResourceError
+from puna.progress import counted
 
 PATIENCE = (1, 60)  # seconds that a client is told to wait where the queue is full, at least and at most
+LOOK = 0.005  # seconds between two looks at whether the last step is over
 NEWEST = 0.1  # weight of the newest answer in the average of how long answers take
 
 
@@ -28,7 +31,8 @@ class QueueFull(PunaError):
     def __init__(self, waiting: int, retry_after: int) -> None:
         """`retry_after`: seconds after which there may be room."""
         super().__init__(
-            f"the server has {waiting:,} answers to make already; try again in {retry_after} seconds"
+            f"the server has {counted(waiting, 'answer')} to make already; "
+            f"try again in {counted(retry_after, 'second')}"
         )
         self.retry_after = retry_after
 
@@ -220,10 +224,13 @@ class EngineThread:
         """Give up what is unfinished, with `Stopped` as its error, and end the thread."""
         self._closing = True
         self._order(lambda: None)
-        await asyncio.to_thread(self._thread.join)
-        self._end_all(Stopped("the server is stopping"))
-        for pool in self._preparing.values():
-            pool.shutdown(wait=False, cancel_futures=True)
+        try:
+            while self._thread.is_alive():
+                await asyncio.sleep(LOOK)
+        finally:  # a step may hang: whoever gives up waiting for it leaves nobody else to wait
+            self._end_all(Stopped("the server is stopping"))
+            for pool in self._preparing.values():
+                pool.shutdown(wait=False, cancel_futures=True)
 
     async def submit(self, requests: Sequence[Request]) -> list[Job]:
         """Take requests on, all or none.
@@ -293,12 +300,18 @@ class EngineThread:
             raise InputError(str(error)) from None
 
     def _take(self, news: Iterable[News]) -> None:
-        """What a step did, to those who wait for it."""
-        for item in news:
-            if item.job.ended is None:
-                item.job.note(item)
-                if item.ended:
-                    self._ended(item.job)
+        """What a step did, to those who wait for it.
+
+        A fault here would leave jobs that nobody reports of any more; so it ends them all.
+        """
+        try:
+            for item in news:
+                if item.job.ended is None:
+                    item.job.note(item)
+                    if item.ended:
+                        self._ended(item.job)
+        except Exception as error:
+            self._failed(error)
 
     def _ended(self, job: Job) -> None:
         del self._jobs[job.answer]
@@ -313,10 +326,16 @@ class EngineThread:
 
     def _end_all(self, error: PunaError) -> None:
         now = time.monotonic()
-        self._take([News(job, now, [], None, True, error) for job in list(self._jobs.values())])
+        jobs, self._jobs = list(self._jobs.values()), {}
+        self.unfinished -= sum(job.answer.request.params.answers for job in jobs)
+        for job in jobs:
+            with suppress(Exception):  # what is wrong with one must not keep the others from being told
+                job.note(News(job, now, [], None, True, error))
+                self._observer.ended(job)
 
     def _failed(self, error: BaseException) -> None:
-        self.fault = error
+        self.fault, self._closing = error, True
+        self._order(lambda: None)  # the thread ends, where it has not
         self._end_all(Stopped(f"the engine has failed: {type(error).__name__}: {error}"))
         if self._on_fault is not None:
             self._on_fault(error)

@@ -379,8 +379,9 @@ def test_mistakes_are_told_before_a_server_starts(
         bench("serve", named, None, lambda line: None, silent)
 
 
-def test_a_server_that_ends_says_why(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import sys; sys.exit('no such port')"]
+@pytest.mark.parametrize("words", ["no such port", '{"event": "server", "message": "no such port"}'])
+def test_a_server_that_ends_says_why(tmp_path: Path, words: str) -> None:
+    command = [sys.executable, "-c", f"import sys; sys.exit({words!r})"]
     with (
         pytest.raises(PunaError, match="the server ended with status 1: no such port"),
         running(command, free_port(), tmp_path / "log", {}),

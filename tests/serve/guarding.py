@@ -47,6 +47,11 @@ class State:
     metrics: Figures = field(default_factory=Figures)
     draining: bool = False
 
+    @property
+    def most_body(self) -> int:
+        """Bytes that a request's body may have."""
+        return self.settings.max_body_bytes or 8 << 20
+
 
 @dataclass
 class Answer:
@@ -136,7 +141,7 @@ def guard_of(
 ) -> Guard:
     """`keys` are lines of a file of keys; `settings` those of ServeSettings."""
     chosen = parse(ServeSettings, settings)
-    known: list[Key] = read_keys(None, {"PUNA_API_KEYS": ",".join(keys)})[0]
+    known: list[Key] = read_keys(None, {"PUNA_API_KEYS": ",".join(keys)} if keys else {})[0]
     return Guard(
         app or app_of(),
         State(chosen),  # type: ignore[arg-type]

@@ -139,7 +139,8 @@ class Process:
 
     def _take(self, line: str) -> None:
         self.lines.append(line)
-        if found := READY.match(line):
+        message = json.loads(line).get("message", "") if line.startswith("{") else line
+        if found := READY.match(message):
             self.url = found[2]
             self._ready.set()
 

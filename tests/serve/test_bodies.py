@@ -10,7 +10,7 @@ import pytest
 
 from puna.serve.bodies import parse_body
 from puna.serve.faults import BadRequest
-from puna.serve.schema import Body, ChatRequest, CompletionRequest
+from puna.serve.schema import NOT_HERE, OTHER_NAMES, Body, ChatRequest, CompletionRequest
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -71,7 +71,8 @@ def test_whole_characters_are_taken_however_they_are_spelled() -> None:
         ({"prompt": [1.5]}, "prompt", "list of either"),
         ({"prompt": [-1]}, "prompt", "list of either"),
         ({"prompt": "", "temprature": 1}, "temprature", "Did you mean 'temperature'?"),
-        ({"prompt": "", "messages": HELLO}, "messages", "unknown field 'messages'"),
+        ({"prompt": "", "messages": HELLO}, "messages", "That is a field of /v1/chat/completions"),
+        ({"prompt": "", "top_logprobs": 2}, "top_logprobs", "What is meant is 'logprobs' here"),
         ({"prompt": "", "temperature": 2.5}, "temperature", "expected at most 2, got 2.5"),
         ({"prompt": "", "temperature": "1"}, "temperature", 'expected a number, got "1"'),
         ({"prompt": "", "n": 1.5}, "n", "expected an integer"),
@@ -79,22 +80,24 @@ def test_whole_characters_are_taken_however_they_are_spelled() -> None:
         ({"prompt": "", "stop": ""}, "stop", "expected text that is not empty"),
         ({"prompt": "", "stop": ["a", ""]}, "stop.1", "expected text that is not empty"),
         ({"prompt": "", "suffix": "end"}, "suffix", "'suffix' is not supported here"),
-        ({"prompt": "", "logit_bias": {"a": 1}}, "logit_bias.a", "expected text like"),
+        ({"prompt": "", "logit_bias": {"a": 1}}, "logit_bias.a", 'token ids in digits as keys, got "a"'),
         ({"prompt": "", "logit_bias": {"1": 101}}, "logit_bias.1", "expected at most 100"),
-        ({"prompt": "", "max_tokens": 0}, None, "max_tokens 0 asks for nothing"),
-        ({"prompt": "", "best_of": 1, "n": 2}, None, "best_of 1 is below n 2"),
-        ({"prompt": "", "best_of": 2, "stream": True}, None, "cannot stream"),
-        ({"prompt": "", "stream_options": {}}, None, "goes with stream: true"),
+        ({"prompt": "", "max_tokens": 0}, "max_tokens", "max_tokens 0 asks for nothing"),
+        ({"prompt": "", "best_of": 1, "n": 2}, "best_of", "best_of 1 is below n 2"),
+        ({"prompt": "", "best_of": 2, "stream": True}, "best_of", "cannot stream"),
+        ({"prompt": "", "stream_options": {}}, "stream_options", "goes with stream: true"),
         (
             {"prompt": "", "stream": True, "stream_options": {"usage": True}},
             "stream_options.usage",
             "unknown",
         ),
         (
-            {"prompt": "", "n": 0, "seed": -1},
+            {"prompt": "", "n": 0, "top_k": -2},
             "n",
-            "'n': expected at least 1, got 0; 'seed': expected at least 0",
+            "'n': expected at least 1, got 0; 'top_k': expected at least -1",
         ),
+        ({"prompt": "", "seed": 2**63}, "seed", "expected a number below"),
+        ({"prompt": "", "grammar": 'root ::= "a"'}, "grammar", "llguidance's Lark notation, got GBNF"),
     ],
 )
 def test_faults_of_completion_requests(body: Any, param: str | None, says: str) -> None:
@@ -147,7 +150,12 @@ def test_fields_that_ask_for_no_change_are_taken() -> None:
     [
         (1, "messages.0", "expected an object, got 1"),
         ({}, "messages.0", "expected an object with 'role'"),
-        ({"role": "wizard"}, "messages.0", "one of 'system', 'developer', 'user', 'assistant', 'tool'"),
+        (
+            {"role": "wizard"},
+            "messages.0",
+            "one of 'system', 'developer', 'user', 'assistant', 'tool', got \"wizard\"",
+        ),
+        ({"content": "a"}, "messages.0", "expected an object with 'role', got one without it"),
         ({"role": "user"}, "messages.0.content", "is required"),
         ({"role": "user", "content": None}, "messages.0.content", "expected text or a list, got null"),
         ({"role": "user", "content": "", "contnt": ""}, "messages.0.contnt", "Did you mean 'content'?"),
@@ -167,6 +175,35 @@ def test_faults_of_messages(message: Any, param: str, says: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("best_of", "That is a field of /v1/completions"),
+        ("prompt", "That is a field of /v1/completions"),
+        ("n_predict", "What is meant is 'max_tokens' here."),
+        ("max_new_tokens", "What is meant is 'max_tokens' here."),
+        ("json_schema", "What is meant is 'response_format' here."),
+        ("stop_token_ids", "What is meant is 'stop_ids' here."),
+        ("min_tokens", "What is meant is 'min_new_tokens' here."),
+        ("cache_prompt", "There is nothing like it here"),
+        ("max_token", "Did you mean 'max_tokens'?"),
+        ("suffix", "Leave it out."),
+        ("num_beams", "Leave it out."),
+        ("mirostat", "Leave it out."),
+    ],
+)
+def test_names_that_others_have(name: str, says: str) -> None:
+    error = refused(ChatRequest, {"messages": HELLO, name: 1})
+    assert str(error).startswith(f"unknown field {name!r}. ") and says in str(error)
+    assert error.param == name
+
+
+def test_every_name_that_is_offered_is_there() -> None:
+    for shape in (ChatRequest, CompletionRequest):
+        assert set(OTHER_NAMES.values()) <= set(shape.model_fields)
+        assert NOT_HERE.isdisjoint(shape.model_fields)
+
+
+@pytest.mark.parametrize(
     ("more", "says"),
     [
         ({"messages": []}, "'messages': expected a list that is not empty"),
@@ -175,7 +212,7 @@ def test_faults_of_messages(message: Any, param: str, says: str) -> None:
         ({"top_logprobs": 1}, "goes with logprobs: true"),
         ({"logprobs": 1}, "'logprobs': expected true or false, got 1"),
         ({"logprobs": True, "top_logprobs": 21}, "expected at most 20"),
-        ({"response_format": {"type": "xml"}}, "one of 'text', 'json_object', 'json_schema'"),
+        ({"response_format": {"type": "xml"}}, "one of 'text', 'json_object', 'json_schema', got \"xml\""),
         ({"response_format": {"type": "json_schema"}}, "'response_format.json_schema' is required"),
         ({"tool_choice": "maybe"}, "expected 'none', 'auto' or 'required' or an object, got \"maybe\""),
         ({"tools": [{"type": "magic"}]}, "'tools.0.type': expected 'function'"),

@@ -289,3 +289,18 @@ def test_a_conversation_longer_than_the_context(story_server: Running) -> None:
     assert "tokens; this model takes 512" in refusal(story_server, messages=long)
     usage = asked(story_server, messages=long, overflow="truncate", seed=1)["usage"]
     assert usage["prompt_tokens"] <= 512
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/apply-template"])
+def test_what_cannot_fit_is_refused_before_it_is_cut_into_tokens(
+    server: Running, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "a " * 400_000
+    asked = (
+        {"prompt": text} if path == "/v1/completions" else {"messages": [{"role": "user", "content": text}]}
+    )
+    monkeypatch.setattr(type(server.state.llm.tokenizer), "encode", None)  # it would be called
+    error = server.post(path, asked).json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert error["param"] == next(iter(asked))
+    assert "800," in error["message"]

@@ -286,8 +286,8 @@ def test_longer_than_the_context(story_server: Running, stories: LLM) -> None:
         ({"prompt": "a", "regex": "("}, "regular expression"),
         ({"prompt": "a", "grammar": "nonsense"}, "grammar"),
         ({"prompt": "a", "regex": "a", "stop": "b"}, "regex and stop contradict each other"),
-        ({"prompt": "a", "regex": "a", "choice": ["b"]}, "at most one constraint, got regex and choice"),
-        ({"prompt": "a", "min_new_tokens": 17}, "min_new_tokens 17 is above max_new_tokens 16"),
+        ({"prompt": "a", "regex": "a", "choice": ["b"]}, "regex and choice contradict each other"),
+        ({"prompt": "a", "min_new_tokens": 17}, "min_new_tokens 17 is above the longest answer, of 16"),
         ({"prompt": ["a"] * 40, "n": 9}, "360 answers are asked for at once"),
     ],
 )

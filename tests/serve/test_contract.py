@@ -114,8 +114,8 @@ SHARED: dict[str, Any] = {
     "presence_penalty": st.floats(-2, 2),
     "frequency_penalty": st.floats(-2, 2),
     "logit_bias": st.dictionaries(st.integers(0, 410).map(str), st.floats(-100, 100), max_size=3),
-    "seed": st.integers(0, 2**63 - 1),
-    "top_k": st.integers(0, 500),
+    "seed": st.integers(-(2**63), 2**63 - 1),
+    "top_k": st.integers(-1, 500),
     "min_p": st.floats(0, 1),
     "typical_p": st.floats(0.01, 1),
     "repetition_penalty": st.floats(0.01, 100),
@@ -176,7 +176,8 @@ def texts() -> Any:
     }
     prompts = TEXTS | IDS | st.lists(TEXTS, min_size=1, max_size=3) | st.lists(IDS, min_size=1, max_size=3)
     needed = st.fixed_dictionaries({"prompt": prompts, "max_tokens": st.integers(0, 5)})
-    return merged(needed, some(SHARED), some(own), some(ENDS) | some(FORMS))
+    formats = some({"response_format": FORMATS})
+    return merged(needed, some(SHARED), some(own), some(ENDS) | some(FORMS) | formats)
 
 
 def talks() -> Any:
@@ -189,7 +190,8 @@ def talks() -> Any:
     }
     needed = st.fixed_dictionaries({"messages": MESSAGES, "max_completion_tokens": st.integers(1, 5)})
     formats = some({"response_format": FORMATS})
-    tools = some({"tools": TOOLS, "tool_choice": st.sampled_from(["none", "auto", "required"])})
+    choices = st.sampled_from(["none", "auto", "required"])
+    tools = some({"tools": TOOLS, "tool_choice": choices, "response_format": FORMATS})
     return merged(needed, some(SHARED), some(own), some(ENDS) | some(FORMS) | formats | tools)
 
 

@@ -322,3 +322,21 @@ def test_routes_are_those_that_the_app_declares() -> None:
     guard = guard_of(keys=["k" * 20])
     assert ask(guard, path="/v1/models").record.route == "/v1/models"  # refused before any route saw it
     assert ask(guard, path="/secret/path").record.route is None
+
+
+def test_looks_at_the_server_that_go_well_are_counted_and_not_logged() -> None:
+    stream = io.StringIO()
+    log = Log("json", stream=stream)
+    guard = guard_of(log=log, keys=["sk-0123456789abcdef"])
+    for path in ("/", "/health", "/health", "/metrics"):
+        ask(guard, path=path)
+    ask(guard, path="/", headers={"host": "evil.example"})
+    ask(guard, "HEAD", "/health")
+    log.close()
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [(line["path"], line["status"]) for line in lines] == [
+        ("/metrics", 401),
+        ("/", 403),
+        ("/health", 200),
+    ]
+    assert len(guard._state.metrics.records) == 6  # type: ignore[attr-defined]

@@ -38,7 +38,23 @@ def test_keys_come_from_a_file_and_from_the_environment(tmp_path: Path) -> None:
     assert names == ["key-1", "ann", "key-3", "ben"]
     assert known.find(SECRET.encode()) is None and known.find(b"") is None
     assert remarks == []
-    assert read_keys(None, {}) == ([], []) and read_keys(None, {"PUNA_API_KEYS": ""}) == ([], [])
+    assert read_keys(None, {}) == ([], [])
+
+
+@pytest.mark.parametrize(("file", "environment"), [(None, {"PUNA_API_KEYS": " "}), ("", {})])
+def test_a_place_for_keys_that_is_empty_does_not_open_the_server(
+    file: str | None, environment: dict[str, str]
+) -> None:
+    with pytest.raises(SettingsError, match=r"empty; name a file|holds no key; give it one, or unset it"):
+        read_keys(file, environment)
+
+
+def test_comments_end_lines_of_a_file(tmp_path: Path) -> None:
+    keys, _ = read_keys(
+        written(tmp_path / "keys", f"{SECRET}#1 # hers\nann {SECRET}2\t#his\n#{SECRET}\n"), {}
+    )
+    known = Keys(keys)
+    assert len(keys) == 2 and known.find(f"{SECRET}#1".encode()) and known.find(f"{SECRET}2".encode())
 
 
 def test_nothing_kept_of_a_key_shows_it(tmp_path: Path) -> None:
@@ -182,3 +198,15 @@ def assert_refused(answer: Answer, what: str) -> None:
     assert answer.error["code"] == "invalid_api_key"
     assert "www-authenticate" in answer.headers and "x-request-id" in answer.headers
     assert SECRET.encode() not in answer.body
+
+
+def test_one_of_something_is_said_as_one() -> None:
+    for limits in ((1, None), (None, 1)):
+        allowance = Allowance(*limits)
+        allowance.take(10.0)
+        with pytest.raises(Busy, match=r"^1 request .* is allowed; try again"):
+            allowance.take(69.5)
+    allowance = Allowance(1, None)
+    allowance.take(10.0)
+    with pytest.raises(Busy, match=r"try again in 1 second$"):
+        allowance.take(69.5)

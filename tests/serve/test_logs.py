@@ -10,7 +10,10 @@ import threading
 import time
 from typing import Any
 
-from puna.serve.logs import WAITING, Log, LogHandler, without_values
+import pytest
+
+from puna.serve.logs import WAITING, Log, LogHandler
+from puna.serve.masks import without_values
 from puna.serve.record import Record
 
 
@@ -39,7 +42,8 @@ def test_a_line_of_json_has_what_is_known() -> None:
     assert facts == {
         "level": "info", "event": "request", "id": "r1", "key": "ann", "client": "192.0.2.7",
         "method": "POST", "path": "/v1/completions", "route": "/v1/completions", "status": 200,
-        "stream": True, "prompt_tokens": 3, "completion_tokens": 9, "finish_reasons": ["stop", "length"],
+        "stream": True, "prompt_tokens": 3, "completion_tokens": 9,
+        "finish_reasons": {"stop": 1, "length": 1},
         "queue_seconds": 0.25, "first_token_seconds": 0.5, "gone": True,
     }  # fmt: skip
 
@@ -147,3 +151,39 @@ def test_tracebacks_stand_indented_under_a_line_for_a_person() -> None:
     first, *frames = stream.getvalue().splitlines()
     assert "error ZeroDivisionError: x\\ny id=r1" in first
     assert frames and all(frame.startswith("    ") for frame in frames)
+
+
+@pytest.mark.parametrize(
+    ("message", "seen"),
+    [
+        ("unknown field 'max_token'. Did you mean 'max_tokens'?", None),
+        ("unknown field 'a secret'. Leave it out.", "unknown field '…'. Leave it out."),
+        ("unknown field 'x" + 50 * "y" + "'.", "unknown field '…'."),
+        ("'messages.0.role': expected 'user', got \"secret\"", "'messages.0.role': expected 'user'"),
+        ("'messages.0.secret' is required", "'…' is required"),
+        (
+            "the model 'my secret' is not served here; the one that is: 'demo'",
+            "the model '…' is not served here; the one that is: 'demo'",
+        ),
+        ("the model 'demo' is here, and 'secret'", "the model 'demo' is here, and '…'"),
+        ("set 'allowed_hosts', not 'unknown field '", "set 'allowed_hosts', not '…'"),
+        ("this server is not called 'puna.example.org'; name it", None),
+        ("pages of 'https://example.org' may not ask", None),
+        ("pages of 'my secret' may not ask", "pages of '…' may not ask"),
+        (
+            "the request's body is not valid JSON: Expecting ',' delimiter",
+            "the request's body is not valid JSON: Expecting '…' delimiter",
+        ),
+        ("bytes b'secret' and 'cut off secr", "bytes b'…' and '…'"),
+        ("\"it's unknown field 'secret'\"", "'…'"),
+    ],
+)
+def test_names_of_ours_are_seen_and_values_are_not(message: str, seen: str | None) -> None:
+    assert without_values(message, {"demo"}) == (message if seen is None else seen)
+
+
+def test_reasons_are_counted() -> None:
+    (line,) = lines_of("json", record_of(finish_reasons=["length"] * 31 + ["stop"]))
+    assert json.loads(line)["finish_reasons"] == {"length": 31, "stop": 1}
+    (line,) = lines_of("text", record_of(finish_reasons=["length"] * 32))
+    assert "finish_reasons=length:32" in line

@@ -121,15 +121,17 @@ def test_figures_of_what_was_served(llm: LLM) -> None:
     assert 0 < total["p50"] <= total["p95"] <= total["p99"] < 60
 
 
-def test_the_live_view_has_errors_newest_first_without_what_was_asked(metrics: Metrics) -> None:
+def test_the_live_view_has_errors_newest_first_without_what_was_asked(llm: LLM, metrics: Metrics) -> None:
     for number in range(60):
         error = f"expected a number, got 'secret {number}'"
         metrics.finished(Record(f"r{number}", "POST", "/x", 0.0, status=400, error=error, key="ann"))
     state = SimpleNamespace(
         model_id="m",
+        names=frozenset({"m"}),
+        llm=llm,
         draining=False,
         worker=SimpleNamespace(load=metrics._engine.load, fault=None),
-        settings=SimpleNamespace(max_waiting=1, engine=SimpleNamespace(max_running=2)),
+        settings=SimpleNamespace(template=None, max_waiting=1, engine=SimpleNamespace(max_running=2)),
     )
     status = metrics.status(state)  # type: ignore[arg-type]
     errors = status["errors"]

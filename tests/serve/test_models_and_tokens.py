@@ -21,6 +21,7 @@ def test_models(server: Running) -> None:
         "created": 1,
         "owned_by": "puna",
         "context": 512,
+        "max_model_len": 512,
         "template": "plain",
     }
     assert server.get("/v1/models").json() == {"object": "list", "data": [entry]}
@@ -154,6 +155,24 @@ def test_paths_and_methods_that_are_not_there(server: Running) -> None:
     assert response.status_code == 405
     assert response.headers["allow"] == "POST"
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert response.json()["error"]["message"].endswith("this path takes POST")
+    response = server.client.put("/health")
+    assert response.headers["allow"] == "GET, HEAD"
+    assert response.json()["error"]["message"].endswith("this path takes GET, HEAD")
+    for path, near in (("/chat/completions", "/v1/chat/completions"), ("/v1/completion", "/v1/completions")):
+        assert server.get(path).json()["error"]["message"].endswith(f"Did you mean {near!r}?")
+    assert "Did you mean" not in server.get("/api/generate").text
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/status", "/health", "/ready", "/metrics", "/v1/models", "/openapi.json"]
+)
+def test_a_head_is_what_get_says_without_the_body(path: str, server: Running) -> None:
+    whole, head = server.get(path), server.client.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == whole.headers["content-type"]
+    assert int(head.headers["content-length"]) > 0
+    assert server.client.head("/v1/models/other").status_code == 404
 
 
 def test_the_description(server: Running) -> None:

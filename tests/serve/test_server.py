@@ -35,9 +35,7 @@ def processes(model: Path, certificate: tuple[Path, Path]) -> Iterator[dict[str,
     """All that the tests need, started together."""
     cert, key = certificate
     started = {
-        "drained": Process(
-            model, f"tls_certificate={cert}", f"tls_key={key}", inside=SLOW_STEPS, PUNA_API_KEYS=""
-        ),
+        "drained": Process(model, f"tls_certificate={cert}", f"tls_key={key}", inside=SLOW_STEPS),
         "cut": Process(model, "drain_seconds=0.5", inside=SLOW_STEPS),
         "twice": Process(model, "drain_seconds=60", inside=SLOW_STEPS),
         "faulty": Process(model, inside=FAULTY_STEP),
@@ -52,7 +50,7 @@ def processes(model: Path, certificate: tuple[Path, Path]) -> Iterator[dict[str,
             process.end()
 
 
-def never() -> LLM:
+def never(say: object) -> LLM:
     raise AssertionError("the model was loaded")
 
 
@@ -108,9 +106,13 @@ def test_draining_lets_what_runs_end_and_takes_nothing_new(
         running.join(20)
     assert running.last == "[DONE]" and len(running.chunks) > 30
     assert process.end() == 143
-    assert process.lines[-1] == "puna: stopped by SIGTERM"
+    assert len(process.log) == len(process.lines)  # all of it is JSON
     events = [line["message"] for line in process.log if line["event"] == "server"]
-    assert events == ["SIGTERM: what is at work (1) may go on for 30 seconds"]
+    assert events[-2:] == ["SIGTERM: what is at work (1) may go on for 30 seconds", "stopped by SIGTERM"]
+    assert not [
+        line for line in process.log if line.get("path") in ("/ready", "/health") and line["status"] == 200
+    ]
+    assert [line["status"] for line in process.log if line.get("path") == "/ready"] == [503]
     done = next(line for line in process.log if line.get("stream"))
     assert done["completion_tokens"] == 40 and done["status"] == 200
 
@@ -139,7 +141,7 @@ def test_a_second_signal_cuts_at_once(processes: dict[str, Process]) -> None:
     running.join(5)
     assert "error" in json.loads(running.last)
     assert process.end() == 130
-    assert process.lines[-1] == "puna: stopped by SIGINT"
+    assert process.log[-1]["message"] == "stopped by SIGINT"
 
 
 def test_an_engine_that_dies_ends_every_request_and_the_process(processes: dict[str, Process]) -> None:
@@ -153,7 +155,7 @@ def test_an_engine_that_dies_ends_every_request_and_the_process(processes: dict[
         answer.join(20)
         assert answer.status == 503 and "error" in json.loads(answer.chunks[0])
     assert process.end() == 1
-    assert process.lines[-1] == "puna: the engine failed: RuntimeError: injected"
+    assert process.log[-1]["message"] == "the engine failed: RuntimeError: injected"
     faults = [line for line in process.log if line["event"] == "fault"]
     assert len(faults) == 1 and "in faulty" in faults[0]["traceback"]
 
@@ -181,6 +183,7 @@ def test_a_step_that_hangs_ends_the_process(processes: dict[str, Process]) -> No
 def test_a_second_server_on_the_port_is_one_line_and_2(model: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         command = [sys.executable, "-m", "puna", "serve", str(model), "--port", str(other.getsockname()[1])]
+        command.append("log_format=text")
         ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 2 and ended.stdout == ""
     assert ended.stderr.startswith("puna: port ") and ended.stderr.count("\n") == 1

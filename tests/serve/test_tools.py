@@ -159,11 +159,9 @@ def _wander(tokenizer: Tokenizer, constraint: Constraint, rng: random.Random) ->
     return "".join([*pieces, text.close()]), "length"
 
 
-def _streamed(
-    text: str, reason: str, size: int, ends: tuple[str, ...] = ()
-) -> tuple[dict[str, Any], str | None]:
+def _streamed(text: str, reason: str, size: int, *how: Any) -> tuple[dict[str, Any], str | None]:
     """A message put together from deltas, as OpenAI's client does it."""
-    reader, deltas = ToolCallReader(ends), []
+    reader, deltas = ToolCallReader(*how), []
     for start in range(0, len(text), size):
         deltas += reader.push(text[start : start + size])
     rest, told = reader.finish(reason)
@@ -205,7 +203,7 @@ def test_whatever_is_called_fits_its_schema(choice: str, grammars: Grammars, tok
             text = "{" + text
         else:
             text, reason = _wander(tokenizer, constraint, rng)
-        message, told = answer_message(text, reason)
+        message, told = answer_message(ToolCallReader(), text, reason)
         for size in (1, 2, 3, 7, 1000):
             streamed, streamed_told = _streamed(text, reason, size)
             assert _same(streamed, message)
@@ -244,7 +242,7 @@ def test_a_models_own_answers_are_of_both_kinds(llm: LLM, tokenizer: Tokenizer) 
         answer = ours.generate(
             "x", seed=seed, max_new_tokens=70, logit_bias={brace: 8.0 * (seed % 2)}, **binding.fields
         )
-        message, reason = answer_message(answer.text, answer.finish_reason)
+        message, reason = answer_message(ToolCallReader(), answer.text, answer.finish_reason)
         kinds.add(reason if "tool_calls" in message else "text")
         if reason == "tool_calls":
             function = message["tool_calls"][0]["function"]
@@ -319,7 +317,7 @@ def test_free_text_is_what_begins_with_no_brace(grammars: Grammars, tokenizer: T
 def test_a_call_may_follow_a_space(grammars: Grammars, tokenizer: Tokenizer, blank: str) -> None:
     text = blank + '{"name":"clock","parameters":{}}'
     assert _takes(grammars, tokenizer, bind([CLOCK]), text)
-    message, reason = answer_message(text, "stop")
+    message, reason = answer_message(ToolCallReader(), text, "stop")
     assert reason == "tool_calls"
     assert message["tool_calls"][0]["function"] == {"name": "clock", "arguments": "{}"}
 
@@ -353,7 +351,7 @@ def test_an_answer_in_words_ends_where_the_format_does(
         assert constraint.complete
     for size in (1, 2, 3, 5, 100):
         for written, reason in ((text, "stop"), (text[:-1], "length")):
-            message, told = answer_message(written, reason, binding.ends)
+            message, told = answer_message(ToolCallReader(binding.ends), written, reason)
             assert _streamed(written, reason, size, binding.ends)[1] == told
             assert _same(_streamed(written, reason, size, binding.ends)[0], message)
             assert (message["content"] or "") == ("" if told == "tool_calls" else written.removesuffix(END))
@@ -382,8 +380,9 @@ def test_what_binds_and_what_is_told() -> None:
 def test_a_response_format_is_a_schema(form: dict[str, Any], schema: Any) -> None:
     assert bind(None, None, form) == Binding({"json_schema": schema}, param="response_format")
     assert bind([CLOCK], "none", form).fields == {"json_schema": schema}
-    with pytest.raises(InputError, match="response_format and tools contradict each other"):
-        bind([CLOCK], None, form)
+    for choice in ("required", {"type": "function", "function": {"name": "clock"}}):
+        with pytest.raises(InputError, match="response_format and tool_choice contradict each other"):
+            bind([CLOCK], choice, form)
 
 
 DEEP: dict[str, Any] = {"type": "object"}
@@ -629,7 +628,7 @@ def test_the_history_reads_as_the_model_wrote_it(grammars: Grammars, tokenizer: 
     parameters = closed(a={"enum": ['x"\n', "é", 1, None, {"b": [True, -0.5]}]}, wärme={"type": "boolean"})
     for _ in range(10):
         text, reason = _wander(tokenizer, _begin(grammars, bind([tool("f", parameters)], "required")), rng)
-        message, _ = answer_message(text, reason)
+        message, _ = answer_message(ToolCallReader(), text, reason)
         history = tool_messages([{"role": "assistant", **message}, result(message["tool_calls"][0]["id"])])
         assert chat.calls_in_words(history[0]) == text
 
@@ -644,7 +643,8 @@ def test_the_history_reads_as_the_model_wrote_it(grammars: Grammars, tokenizer: 
         ("", "stop", "", "stop"),
         (" \n", "stop", " \n", "stop"),
         (" Hello {", "length", " Hello {", "length"),
-        ('{"name":"clo', "length", '{"name":"clo', "length"),
+        ('{"name":"clo', "length", "", "length"),
+        ('\n{"name":"clock","parameters"', "length", "", "length"),
         ('{"name":"f","parameters":', "length", ("f", ""), "length"),
         ('{"name":"f","parameters":{"a":"}', "length", ("f", '{"a":"}'), "length"),
         ('{"name":"f","parameters":{"a":"\\\\"}', "length", ("f", '{"a":"\\\\"}'), "tool_calls"),
@@ -654,7 +654,7 @@ def test_the_history_reads_as_the_model_wrote_it(grammars: Grammars, tokenizer: 
     ],
 )
 def test_reading_in_pieces(text: str, reason: str, message: Any, told: str, size: int) -> None:
-    whole, whole_told = answer_message(text, reason)
+    whole, whole_told = answer_message(ToolCallReader(), text, reason)
     streamed, streamed_told = _streamed(text, reason, size)
     assert _same(whole, streamed)
     assert whole_told == streamed_told == told
@@ -725,7 +725,10 @@ def message_of(choice: Any) -> dict[str, Any]:
         ({"tools": [tool("f", closed(a={"$ref": "#/x"}))]}, "tools"),
         ({"tools": [CLOCK, CLOCK]}, "tools"),
         ({"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
-        ({"tools": [CLOCK], "response_format": {"type": "json_object"}}, "response_format"),
+        (
+            {"tools": [CLOCK], "tool_choice": "required", "response_format": {"type": "json_object"}},
+            "response_format",
+        ),
         ({"tools": [CLOCK], "ignore_eos": True}, "ignore_eos"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}},
@@ -738,6 +741,16 @@ def test_faults_are_told_by_their_field(server: Running, fields: dict[str, Any],
     answer = server.post("/v1/chat/completions", {"messages": [USER], "max_tokens": 3, **fields})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_cut_before_its_arguments_is_nothing(server: Running, stream: bool) -> None:
+    asked = {"messages": [USER], "tools": [CLOCK], "tool_choice": "required", "max_tokens": 3, **CUT}
+    answer = server.post("/v1/chat/completions", {**asked, "stream": stream})
+    choices = [chunk["choices"][0] for chunk in chunks_of(answer)] if stream else answer.json()["choices"]
+    messages = [choice["delta" if stream else "message"] for choice in choices]
+    assert not any(message.get("content") or message.get("tool_calls") for message in messages)
+    assert choices[-1]["finish_reason"] == "length"
 
 
 @pytest.mark.parametrize("stream", [False, True])

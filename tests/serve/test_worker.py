@@ -274,6 +274,48 @@ def test_stopping_ends_what_is_unfinished(make: Make) -> None:
     run(work())
 
 
+def test_a_step_that_hangs_leaves_nobody_waiting(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make()
+    gate = hold(engine, monkeypatch)
+
+    async def work() -> None:
+        async with at_work(engine) as (worker, _):
+            (job,) = await worker.submit([request()])
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(worker.stop(), 0.05)
+            with pytest.raises(Stopped, match="the server is stopping"):
+                await job.completion()
+            gate.set()
+
+    run(work())
+
+
+def test_a_fault_in_telling_what_a_step_did_ends_every_job(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[BaseException] = []
+
+    async def work() -> None:
+        async with at_work(make(), on_fault=told.append) as (worker, watcher):
+            ended = watcher.ended
+
+            def failing(job: Job) -> None:
+                ended(job)
+                raise ArithmeticError("a fault")
+
+            monkeypatch.setattr(watcher, "ended", failing)
+            jobs = await worker.submit([request(max_new_tokens=length) for length in (4, 80, 80)])
+            assert len((await jobs[0].completion()).tokens) == 4
+            for job in jobs[1:]:
+                with pytest.raises(Stopped, match="a fault"):
+                    await job.completion()
+            assert told == [worker.fault]
+            assert worker.unfinished == 0
+            assert set(watcher.jobs) == set(jobs)
+
+    run(work())
+
+
 def test_a_large_schema_holds_up_nobody(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make()
     gate, prepare = threading.Event(), engine.prepare

@@ -26,6 +26,14 @@ from puna.serve.pages import chat_page, status_page
 MODEL = "llama-of-the-puna"
 STATUS = {
     "model": MODEL,
+    "model_facts": {
+        "dtype": "bfloat16",
+        "device": "cpu",
+        "threads": 2,
+        "context": 4096,
+        "cache_positions": 32_768,
+        "template": "model",
+    },
     "version": "0.1.0",
     "since": 1_790_000_000.0,
     "uptime_seconds": 93_784.0,
@@ -72,8 +80,13 @@ class Stage:
     end: str = "done"
     """done; short: without the last event; cut: the connection breaks; error: an error event."""
     finish_reason: str = "stop"
+    prompt_tokens: int | None = None
+    """None: as many as the messages have characters, so that a longer conversation has more."""
     refusal: tuple[int, str] | None = None
     """A status and a message instead of an answer."""
+    code: str | None = None
+    """Of a refusal."""
+    context: int = 4096
     key: str | None = None
     note: str | None = None
     status: dict[str, Any] = field(default_factory=lambda: dict(STATUS))
@@ -138,7 +151,9 @@ async def answer(stage: Stage, asked: dict[str, Any]) -> AsyncIterator[bytes]:
     if stage.end == "done":
         yield chunk([{"index": 0, "delta": {}, "finish_reason": stage.finish_reason}])
         count = len(stage.pieces)
-        yield chunk([], usage={"prompt_tokens": 9, "completion_tokens": count, "total_tokens": count + 9})
+        prompt = stage.prompt_tokens or sum(len(message["content"]) for message in asked["messages"])
+        usage = {"prompt_tokens": prompt, "completion_tokens": count, "total_tokens": count + prompt}
+        yield chunk([], usage=usage)
         yield b"data: [DONE]\n\n"
 
 
@@ -152,9 +167,8 @@ def make_stage_app(stage: Stage) -> Starlette:
         return JSONResponse(body, 401, {"WWW-Authenticate": 'Basic realm="puna"'})
 
     async def models(request: Request) -> Response:
-        return refused(request) or JSONResponse(
-            {"object": "list", "data": [{"id": MODEL, "object": "model"}]}
-        )
+        model = {"id": MODEL, "object": "model", "context": stage.context}
+        return refused(request) or JSONResponse({"object": "list", "data": [model]})
 
     async def complete(request: Request) -> Response:
         asked = await request.json()
@@ -163,7 +177,8 @@ def make_stage_app(stage: Stage) -> Starlette:
             return answered
         if stage.refusal is not None:
             status, message = stage.refusal
-            return JSONResponse(error_body(message, "server_error"), status, {"Retry-After": "7"})
+            body = error_body(message, "server_error", code=stage.code)
+            return JSONResponse(body, status, {"Retry-After": "7"} if status in (429, 503) else None)
         headers = {"X-Puna-Note": stage.note} if stage.note else None
         return StreamingResponse(answer(stage, asked), media_type="text/event-stream", headers=headers)
 
@@ -189,9 +204,9 @@ def make_stage_app(stage: Stage) -> Starlette:
 def performing(port: int = 0) -> Iterator[Stage]:
     """A stage that answers on a thread of its own."""
     stage = Stage()
-    logging.getLogger("uvicorn.error").setLevel(
-        logging.CRITICAL
-    )  # connections break because tests want them to
+    log = logging.getLogger("uvicorn.error")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # connections break because tests want them to
     config = uvicorn.Config(
         make_stage_app(stage), log_config=None, lifespan="off", ws="none", access_log=False
     )
@@ -208,3 +223,4 @@ def performing(port: int = 0) -> Iterator[Stage]:
         finally:
             server.should_exit = server.force_exit = True
             thread.join(10)
+            log.setLevel(level)

@@ -45,13 +45,14 @@ def test_the_keyboard_does_everything(chat: Any, stage: Stage) -> None:
     expect(chat.locator("#new")).to_be_focused()
 
 
-def test_on_a_mac_alt_still_writes_letters(chat: Any) -> None:
-    chat.add_init_script("Object.defineProperty(navigator, 'platform', { get: () => 'MacIntel' })")
-    chat.reload()
-    chat.keyboard.press("Alt+l")  # @ on many keyboards
-    expect(chat.get_by_role("navigation")).to_be_visible()
-    chat.keyboard.press("Control+Shift+l")
-    expect(chat.get_by_role("navigation")).to_be_hidden()
+def test_on_a_mac_alt_still_writes_letters(browser: Any, stage: Stage) -> None:
+    for page in watched(browser, stage, "/"):
+        page.add_init_script("Object.defineProperty(navigator, 'platform', { get: () => 'MacIntel' })")
+        page.reload()
+        page.keyboard.press("Alt+l")  # @ on many keyboards
+        expect(page.get_by_role("navigation")).to_be_visible()
+        page.keyboard.press("Control+Shift+l")
+        expect(page.get_by_role("navigation")).to_be_hidden()
 
 
 def test_the_keyboard_stays_where_it_is_when_an_answer_ends(chat: Any, stage: Stage) -> None:
@@ -117,10 +118,10 @@ def test_the_chat_page_passes_the_audit(browser: Any, stage: Stage, scheme: str,
         set_up(page, logprobs=True)
         page.locator("#conversations .title").wait_for(state="attached")
         page.evaluate("document.querySelector('#conversations .title').click()")
-        stage.pieces = [f"{index} " for index in range(8)]
-        ask(page, "Tokens", 2)
-        stage.refusal = (429, "busy")
-        ask(page, "Busy", 3)
+        stage.pieces, stage.prompt_tokens = [f"{index} " for index in range(8)], 1
+        expect(ask(page, "Tokens", 2).locator(".aside")).to_be_visible()
+        stage.refusal, stage.code = (400, "too long"), "context_length_exceeded"
+        ask(page, "Refused", 3)
         page.locator(".tokens [role=option]").nth(2).hover()
         audited(page)
         for shortcut in ("Alt+,", "Control+/"):

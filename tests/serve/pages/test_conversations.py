@@ -59,6 +59,7 @@ def test_an_export_can_be_read_and_imported(chat: Any, stage: Stage, tmp_path: P
     assert answer["request"] == {
         "temperature": 0.7,
         "top_p": 0.95,
+        "overflow": "truncate",
         "logprobs": True,
         "top_logprobs": 5,
         "system": "",

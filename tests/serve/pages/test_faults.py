@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.serve.pages.stage import MODEL, Stage
-from tests.serve.pages.watching import answers, ask, expect, finished, say
+from tests.serve.pages.watching import answers, ask, expect, finished, say, set_up
 
 
 def test_a_refusal_is_shown_plainly_and_can_be_tried_again(chat: Any, stage: Stage) -> None:
@@ -16,9 +16,29 @@ def test_a_refusal_is_shown_plainly_and_can_be_tried_again(chat: Any, stage: Sta
     expect(answer.get_by_role("alert")).to_contain_text(
         "256 answers wait already; ask again later. Try again in 7 s."
     )
+    expect(answer.get_by_role("button")).to_have_text(["Try again"])
     stage.refusal = None
     answer.get_by_role("button", name="Try again").click()
     expect(answers(chat).locator(".prose")).to_have_text("All is well.")
+
+
+def test_how_long_to_wait_is_said_once(chat: Any, stage: Stage) -> None:
+    stage.refusal = (429, "the server is busy; try again in 7 seconds")
+    expect(ask(chat, "Busy?").locator(".fault p")).to_have_text("The server is busy; try again in 7 seconds.")
+
+
+def test_a_conversation_that_is_too_long_gives_way_to_a_new_one(chat: Any, stage: Stage) -> None:
+    set_up(chat, overflow="refuse")
+    stage.refusal, stage.code = (400, "too long"), "context_length_exceeded"
+    answer = ask(chat, "On and on")
+    assert stage.requests[-1]["overflow"] == "refuse"
+    expect(answer.get_by_role("button")).to_have_text(["Start a new conversation", "Try again"])
+    chat.reload()
+    chat.locator("#conversations .title").click()
+    stage.refusal = None
+    answers(chat).get_by_role("button", name="Start a new conversation").click()
+    ask(chat, "Anew")
+    assert stage.messages == [{"role": "user", "content": "Anew"}]
 
 
 @pytest.mark.parametrize(
@@ -68,6 +88,8 @@ def test_a_key_is_asked_for_and_forgotten_with_the_tab(chat: Any, stage: Stage) 
     stage.key = "secret"
     chat.reload()
     dialog = chat.get_by_role("dialog", name="API key")
+    expect(dialog).to_be_visible()
+    expect(chat.locator("#model")).to_have_text("An API key is needed")
     dialog.get_by_label("Key", exact=True).fill("wrong")
     chat.keyboard.press("Enter")
     expect(dialog.get_by_role("alert")).to_contain_text("none of them")
@@ -94,6 +116,7 @@ def test_without_a_key_the_page_says_so_and_asks_again_later(chat: Any, stage: S
     chat.reload()
     chat.get_by_role("button", name="Not now").click()
     expect(chat.locator("#notes")).to_contain_text("only with an API key")
+    expect(chat.locator("#model")).to_have_text("An API key is needed")
     say(chat, "Hello")
     chat.get_by_label("Key", exact=True).fill("secret")
     chat.keyboard.press("Enter")

@@ -17,7 +17,7 @@ def test_an_answer_streams_and_is_counted(chat: Any, stage: Stage) -> None:
     expect(answers(chat).locator(".prose")).to_have_text("Up on the high")
     expect(answers(chat)).to_have_attribute("aria-busy", "true")
     expect(answers(chat).locator(".stats")).to_contain_text("≈ 3 tokens")
-    expect(chat.get_by_label("Stop")).to_be_visible()
+    expect(chat.get_by_label("Stop", exact=True)).to_be_visible()
     stage.go.set()
     answer = finished(chat)
     assert answer.locator(".part").inner_html() == '<p dir="auto">Up on the <em>high</em> plain.</p>'
@@ -28,6 +28,7 @@ def test_an_answer_streams_and_is_counted(chat: Any, stage: Stage) -> None:
             "messages": [{"role": "user", "content": "Where?"}],
             "temperature": 0.7,
             "top_p": 0.95,
+            "overflow": "truncate",
             "stream": True,
             "stream_options": {"include_usage": True},
         }
@@ -54,7 +55,7 @@ def test_stopping_keeps_what_came_and_frees_the_server(chat: Any, stage: Stage) 
     stage.pieces, stage.pause = ["again and "] * 500, 0.02
     say(chat, "On and on")
     expect(answers(chat).locator(".body")).to_contain_text("again and again")
-    chat.get_by_label("Stop").click()
+    chat.get_by_label("Stop", exact=True).click()
     answer = finished(chat)
     assert stage.gone.wait(2)
     expect(answer.locator(".stats")).to_contain_text("stopped")
@@ -96,22 +97,57 @@ def test_settings_are_sent_and_kept(chat: Any, stage: Stage) -> None:
         chat.locator(f"[name={name}]").fill(value)
     for name, value in {"temperature": "0", "top_p": "0.5"}.items():
         chat.locator(f"[name={name}]").fill(value)
+    chat.get_by_label("When the conversation is too long").select_option("Let it slide")
     chat.get_by_role("button", name="Done").click()
     chat.reload()
     ask(chat, "Hello")
     sent = stage.requests[-1]
     expected = {"temperature": 0, "top_p": 0.5, "top_k": 40, "max_tokens": 12, "seed": 7}
+    expected |= {"overflow": "slide"}
     assert {name: sent[name] for name in expected} == expected and "logprobs" not in sent
     assert stage.messages[0] == {"role": "system", "content": "Be brief."}
     chat.get_by_role("button", name="Settings").click()
     chat.get_by_role("button", name="Defaults").click()
     expect(chat.locator("[name=top_k]")).to_have_value("")
     expect(chat.locator("[name=temperature]")).to_have_value("0.7")
+    expect(chat.locator("[name=overflow]")).to_have_value("truncate")
 
 
 def test_the_token_limit_is_told(chat: Any, stage: Stage) -> None:
     stage.finish_reason = "length"
     expect(ask(chat, "More").locator(".stats")).to_contain_text("cut off at the token limit")
+
+
+def test_an_answer_says_that_the_beginning_was_left_out(chat: Any, stage: Stage) -> None:
+    stage.pieces = ["Well."]
+    for count, (tokens, told) in enumerate([(40, False), (41, False), (30, True), (30, True), (42, False)]):
+        stage.prompt_tokens = tokens
+        expect(ask(chat, "And?", count + 1).locator(".aside")).to_be_visible(visible=told)
+    expect(chat.locator("#spoken")).to_contain_text("its oldest part was left out")
+    chat.reload()
+    chat.locator("#conversations .title").click()
+    expect(chat.locator(".aside:visible")).to_have_count(2)
+
+
+def test_a_prompt_shorter_for_another_reason_lacks_nothing(chat: Any, stage: Stage) -> None:
+    set_up(chat, system="Be brief.")
+    stage.prompt_tokens = 40
+    ask(chat, "One")
+    set_up(chat, system="")
+    chat.locator("#conversations .title").click()
+    stage.prompt_tokens = 39
+    expect(ask(chat, "Two", 2).locator(".aside")).to_be_hidden()  # the system message is gone
+    stage.prompt_tokens = 38
+    chat.get_by_label("Answer again", exact=True).click()
+    expect(finished(chat, 2).locator(".aside")).to_be_hidden()  # what it answered before is no part of it
+
+
+def test_an_answer_that_slid_says_so(chat: Any, stage: Stage) -> None:
+    stage.context, stage.prompt_tokens = 40, 37
+    set_up(chat, overflow="slide")
+    expect(ask(chat, "Fits").locator(".aside")).to_be_hidden()  # with three tokens of an answer
+    stage.prompt_tokens = 38
+    expect(ask(chat, "Slides", 2).locator(".aside")).to_be_visible()
 
 
 def test_every_token_tells_its_probability(chat: Any, stage: Stage) -> None:
@@ -174,6 +210,19 @@ def test_the_page_talks_to_the_server(browser: Any, server: Running) -> None:
         answer.get_by_role("button", name="Tokens").click()
         shown = answer.locator(".prose").inner_text().split()
         assert "".join(shown)[:5] == "".join(said["choices"][0]["message"]["content"].split())[:5]
+
+
+def test_a_conversation_may_outgrow_the_context(browser: Any, server: Running) -> None:
+    for page in watched(browser, Stage(url=server.url), "/"):
+        set_up(page, max_tokens=4)
+        text = " ".join(["parser"] * 30)  # 512 tokens hold some of them
+        told = [ask(page, text, count + 1).locator(".aside").is_visible() for count in range(6)]
+        assert told == sorted(told) and told[0] < told[-1]
+        expect(page.locator(".fault")).to_have_count(0)
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("When the conversation is too long").select_option("Stop and say so")
+        page.get_by_role("button", name="Done").click()
+        expect(ask(page, text, 7).get_by_role("button", name="Start a new conversation")).to_be_visible()
 
 
 def test_stopping_frees_the_server_at_once(browser: Any, server: Running) -> None:

@@ -15,6 +15,15 @@ expect = pytest.importorskip("playwright.sync_api").expect
 
 REFUSED = re.compile("Policy|Trusted")  # what the browser says of a policy that was broken
 PATIENCE = 8000  # milliseconds until something that should be seen counts as missing
+# Expectations look again ever more rarely, so the page itself says when the last of so many answers is whole.
+WHOLE = """([count, patience]) => new Promise(resolve => {
+    const until = performance.now() + patience;
+    (function look() {
+        const all = [...document.querySelectorAll("article[data-role=assistant]")];
+        const whole = all.length === count && all.at(-1).getAttribute("aria-busy") === "false";
+        if (whole || performance.now() > until) resolve(); else setTimeout(look, 10);
+    })();
+})"""
 MARKDOWN = """\
 # The puna
 
@@ -77,26 +86,33 @@ def watched(browser: Any, stage: Stage, path: str, **options: Any) -> Iterator[A
 
 
 def watched_in(context: Any, stage: Stage, path: str) -> Iterator[Any]:
-    """A page which at the end has thrown nothing, broken no policy and asked nobody else."""
+    """A page which at the end has thrown nothing, broken no policy and asked nobody else.
+
+    It is the context's first, emptied: a new one for each test would take most of its time.
+    """
     stage.reset()
     context.set_default_timeout(PATIENCE)
-    page = context.new_page()
-    everything = {"origin": stage.url, "storageTypes": "all"}
-    context.new_cdp_session(page).send("Storage.clearDataForOrigin", everything)
+    page = context.pages[0] if context.pages else context.new_page()
+    page.goto("about:blank")  # while nothing writes any more
+    session = context.new_cdp_session(page)
+    session.send("Storage.clearDataForOrigin", {"origin": stage.url, "storageTypes": "all"})
+    session.detach()
     faults: list[str] = []
     asked: list[str] = []
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("console", lambda said: faults.append(said.text) if REFUSED.search(said.text) else None)
-
-    def note(request: Any) -> None:
-        asked.append(request.url)
-
-    context.on("request", note)
+    listeners = {
+        "weberror": lambda thrown: faults.append(str(thrown.error)),
+        "console": lambda said: faults.append(said.text) if REFUSED.search(said.text) else None,
+        "request": lambda request: asked.append(request.url),
+    }
+    for name, listener in listeners.items():
+        context.on(name, listener)
     page.goto(stage.url + path)
     yield page
-    context.remove_listener("request", note)
-    for each in context.pages:
-        each.close()
+    for name, listener in listeners.items():
+        context.remove_listener(name, listener)
+    for other in context.pages[1:]:
+        other.close()
+    page.evaluate("sessionStorage.clear()")  # it is the window's, and so not among what is cleared above
     assert faults == []
     assert [url for url in asked if not url.startswith((stage.url, "data:", "blob:"))] == []
 
@@ -112,6 +128,7 @@ def answers(page: Any) -> Any:
 
 def finished(page: Any, count: int = 1) -> Any:
     """The last of so many answers, when it is there and whole."""
+    page.evaluate(WHOLE, [count, PATIENCE])
     expect(answers(page)).to_have_count(count)
     expect(answers(page).last).to_have_attribute("aria-busy", "false")
     return answers(page).last
@@ -137,5 +154,7 @@ def imported(page: Any, conversations: Any) -> None:
 def audited(page: Any) -> None:
     """No violation of any of axe's rules."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
-    found = axe.run(page).response["violations"]
+    if page.evaluate("typeof axe") == "undefined":
+        page.evaluate(axe.axe_script)  # half a megabyte
+    found = page.evaluate("axe.run({ resultTypes: ['violations'] })")["violations"]
     assert [(each["id"], [node["html"] for node in each["nodes"]][:3]) for each in found] == []
