@@ -40,12 +40,14 @@ KEPT = 64  # compiled constraints
 LIMITS = {
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 200_000,
-    "step_max_items": 50_000,
-    "max_items_in_row": 10_000,
+    "step_max_items": 20_000,
+    "max_items_in_row": 5_000,  # an object of 1000 properties has 4007
     "max_lexer_states": 50_000,
     "max_grammar_size": 500_000,
     "verbose_errors": False,
 }
+# A schema's brackets and commas say what follows; rules may be ambiguous, and an item then costs far more.
+NARROWER = {"the grammar": {"step_max_items": 5_000, "max_items_in_row": 2_000}}
 _OURS = re.compile(
     r'^error: |^at 1\(8\): (?=failed to|invalid regex)|failed to (compile|parse) "?%?(JSON schema|json)"?: '
 )
@@ -269,7 +271,8 @@ def _compile(library: LLTokenizer, grammar: str, what: str) -> LLMatcher:
     from llguidance import LLMatcher, LLParserLimits
 
     source = LLMatcher.grammar_from_lark(grammar)
-    matcher = LLMatcher(library, source, log_level=0, limits=LLParserLimits(**LIMITS))  # type: ignore[arg-type]
+    limits = LLParserLimits(**LIMITS | NARROWER.get(what, {}))  # type: ignore[arg-type]
+    matcher = LLMatcher(library, source, log_level=0, limits=limits)
     if not matcher.is_error():
         matcher.compute_bitmask()  # what shows only now: a grammar without a finite sentence
     if matcher.get_error().startswith("NoExtension"):

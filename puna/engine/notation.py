@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any
 
 from puna.engine import patterns
@@ -12,7 +14,13 @@ from puna.errors import InputError
 
 # Beyond these the library takes seconds and more, unbounded by its own limits.
 LONGEST = {"json_schema": 100_000, "regex": 4_000, "grammar": 10_000, "choice": 100_000}  # characters
-MOST = {"members of an allOf": 16, "properties of an object": 1000, "intersections": 16, "repeats": 100}
+MOST = {
+    "members of an allOf": 16,
+    "properties of an object": 1000,
+    "remainders of multipleOf": 50_000,
+    "intersections": 16,
+    "repeats": 100,
+}
 ESCAPES = '"\\bfnrt'
 _COMPACT = {
     "whitespace_flexible": False,
@@ -23,6 +31,8 @@ _COMPACT = {
     "lenient": False,
     "json_allowed_escapes": ESCAPES,
 }
+_MERGED = {"multipleOf", "$ref", "anyOf", "oneOf"}  # beside each other they hold together, as in an allOf
+_FAR = 10**9  # beyond all bounds, and short in a message
 _JSON = "%json "
 # Last, so that it wins over a grammar's own. Forcing would leave one spelling in tokens where many are right.
 _OPTIONS = '\n%llguidance {"no_forcing": true, "allow_invalid_utf8": false}\n'
@@ -72,8 +82,10 @@ def _checked_grammar(grammar: str) -> str:
     _few(around.count("{") + around.count("~"), "repeats")
     _bounded(around, "grammar")
     _bounded("".join(schemas), "json_schema")
-    for schema in schemas:
-        _check_schema(json.loads(schema))
+    parsed = [json.loads(schema) for schema in schemas]
+    for schema in parsed:
+        _check_schema(schema)
+    _few(sum(map(_remainders, parsed)), "remainders of multipleOf")
     return grammar
 
 
@@ -106,6 +118,28 @@ def _check_schema(schema: Any) -> None:
                 "the JSON schema has minProperties above 1, which one key repeated would seem to satisfy; "
                 'name the keys in "required", or forbid "additionalProperties"'
             )
+    _few(_remainders(schema), "remainders of multipleOf")
+
+
+def _remainders(schema: Any) -> int:
+    """How many of them tell an answer's numbers apart: a state each, all made before it begins."""
+    nodes = list(_nodes(schema))
+    values = [node.get("multipleOf") for node in nodes]
+    found = {_units(value) for value in values if isinstance(value, int | float)}
+    if any("allOf" in node or len(node.keys() & _MERGED) > 1 for node in nodes):
+        return min(max(sum(found), math.lcm(*found)), _FAR)  # one number may have to fit several of them
+    return sum(found)
+
+
+def _units(value: float) -> int:
+    """A number without its point: 0.25 is 25 of the last digit."""
+    if isinstance(value, int):
+        return min(abs(value), _FAR)
+    if not math.isfinite(value):
+        return _FAR
+    _, digits, exponent = Decimal(str(value)).as_tuple()
+    assert isinstance(exponent, int), "only what is no number has another"
+    return min(int("".join(map(str, digits))) * 10 ** max(exponent, 0), _FAR)
 
 
 def _nodes(value: Any) -> Iterator[dict[str, Any]]:

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 from puna.engine.params import TokenLogprobs
 from puna.serve.calls import ToolCallReader
 from puna.serve.faults import Fault
+from puna.serve.jobs import Delta, Job
 from puna.serve.logprobs import ChatLogprobs, TextLogprobs, end_tokens, joined, said
 from puna.serve.prompts import Task
 from puna.serve.responses import Frame, call_reader, echo_text, scores_only
 from puna.serve.schema import ChatRequest, CompletionRequest
-from puna.serve.worker import Delta, Job
 
 DONE = b"data: [DONE]\n\n"
 WAITING = b": waiting\n\n"  # a comment, which clients pass over: it keeps a connection from looking dead

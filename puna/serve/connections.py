@@ -9,6 +9,7 @@ import os
 import resource
 import socket
 import ssl
+import struct
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
@@ -48,16 +49,42 @@ class Patience:
     """Between two requests."""
     reading: float
     """In which a client takes nothing at all of what waits to be sent to it."""
+    taking: float
+    """From the end of an answer, or from when it was too much for the buffers, until a client has taken what
+    waits, however it trickles."""
+
+
+class Requests(h11.Connection):
+    """HTTP/1, and no other version of it: what follows in another could not be understood."""
+
+    other: str | None = None
+    """The version that was asked for instead."""
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """What came.
+
+        Raises:
+            RemoteProtocolError: it is not HTTP/1.
+        """
+        event = super().next_event()
+        if isinstance(event, h11.Request) and not event.http_version.startswith(b"1."):
+            self.other = event.http_version.decode("ascii")
+            raise h11.RemoteProtocolError(f"HTTP/{self.other} is not spoken here")
+        return event
 
 
 class Connection(H11Protocol):
     """A connection that cannot wait for ever."""
 
+    conn: Requests
+
     def __init__(self, listener: Listener) -> None:
         super().__init__(listener.config, listener.connections, {})
+        self.conn = Requests(h11.SERVER, LONGEST_HEADERS)
         self._listener, self._patience = listener, listener.patience
         self._deadline: asyncio.TimerHandle | None = None
         self._reader: asyncio.TimerHandle | None = None
+        self._last: asyncio.TimerHandle | None = None  # ends it, whatever the client takes meanwhile
         self._begun = True  # a byte of the request that comes next is there
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -88,7 +115,7 @@ class Connection(H11Protocol):
         super().on_response_complete()
         self._unset_keepalive_if_required()  # its whole seconds are not ours
         if self.transport.is_closing():
-            self._see_it_sent()
+            self._see_it_end()
         elif self.cycle is before:
             self._begun = False
             self._wait(self._patience.idle)
@@ -98,18 +125,24 @@ class Connection(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()  # an answer is on its way, and this would stand in the middle of it
             return
-        too_long = len(self.conn.trailing_data[0]) > LONGEST_HEADERS
         record = Record(f"req-{os.urandom(12).hex()}", "?", "?", time.monotonic())
-        record.status = 431 if too_long else 400
-        record.error = f"headers may have {LONGEST_HEADERS:,} bytes" if too_long else "this is not HTTP/1.1"
+        record.status, record.error = self._fault()
         for event in _refusal(record.status, record.error, record.id):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
-        self._see_it_sent()
+        self._see_it_end()
         if self.cycle is not None:  # its body went wrong: nobody waits for its answer
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self._listener.finished(record)
+
+    def _fault(self) -> tuple[int, str]:
+        """The status and the words for what came instead of a request."""
+        if self.conn.other is not None:
+            return 505, f"expected HTTP/1.1, got HTTP/{self.conn.other}; ask again in HTTP/1.1"
+        if len(self.conn.trailing_data[0]) > LONGEST_HEADERS:
+            return 431, f"headers may have {LONGEST_HEADERS:,} bytes"
+        return 400, "this is not HTTP/1.1"
 
     def pause_writing(self) -> None:
         """The client reads more slowly than it is written to."""
@@ -129,7 +162,7 @@ class Connection(H11Protocol):
         except h11.LocalProtocolError:
             self.transport.abort()
         if self.transport.is_closing():
-            self._see_it_sent()
+            self._see_it_end()
 
     def _wait(self, seconds: float) -> None:
         self._stop_waiting()
@@ -146,7 +179,7 @@ class Connection(H11Protocol):
         """No request came in time."""
         self._stop_waiting()
         self.transport.close()
-        self._see_it_sent()
+        self._see_it_end()
 
     def drop(self) -> None:
         """Close it at once."""
@@ -156,17 +189,40 @@ class Connection(H11Protocol):
     def _see_it_sent(self) -> None:
         """A client that takes nothing of what waits for it must not be waited for."""
         if self._reader is None:
-            left = self.transport.get_write_buffer_size()
+            left = self._unsent()
             self._reader = self.loop.call_later(self._patience.reading, self._check_reader, left)
 
+        if self._last is None:
+            self._last = self.loop.call_later(self._patience.taking, self._cut)
+
+    def _unsent(self) -> int:
+        """Bytes that wait to be sent."""
+        try:
+            return self.transport.get_write_buffer_size()
+        except AttributeError:  # asyncio's TLS transport forgets what it had once it is closed
+            return 0
+
+    def _cut(self) -> None:
+        """Close it at once; the system, too, would go on sending for ever what it took."""
+        with suppress(OSError):  # it is gone
+            link = self.transport.get_extra_info("socket")
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
+
+    def _see_it_end(self) -> None:
+        """It closes: from now on a client has its whole time for what is left."""
+        self._stop_looking()
+        self._see_it_sent()
+
     def _stop_looking(self) -> None:
-        if self._reader is not None:
-            self._reader.cancel()
-            self._reader = None
+        for timer in (self._reader, self._last):
+            if timer is not None:
+                timer.cancel()
+        self._reader = self._last = None
 
     def _check_reader(self, before: int) -> None:
         self._reader = None
-        if self.transport.get_write_buffer_size() >= before:
+        if self._unsent() >= before:
             self.transport.abort()
         else:
             self._see_it_sent()
@@ -201,7 +257,9 @@ class Listener:
         """Those that agree on TLS, or begin."""
         self.idle: dict[Connection, None] = {}
         """Those without a request at work, the one that waits longest first."""
-        self.patience = Patience(settings.header_seconds, settings.idle_seconds, settings.body_seconds)
+        self.patience = Patience(
+            settings.header_seconds, settings.idle_seconds, settings.body_seconds, settings.request_seconds
+        )
         self._sockets, self._tls, self._most = sockets, tls, settings.max_connections
         self._tasks: set[asyncio.Task[None]] = set()
 

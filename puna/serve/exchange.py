@@ -20,12 +20,12 @@ from puna.progress import counted
 from puna.serve.aside import LIGHT, ended, left
 from puna.serve.chunks import DONE, WAITING, ChatChunks, Chunks, TextChunks, fault_event, usage_event
 from puna.serve.faults import Fault, TooLate, fault_of
+from puna.serve.jobs import Job
 from puna.serve.logprobs import TokenTexts
 from puna.serve.prompts import Task, chat_task, completion_task
 from puna.serve.record import Record
 from puna.serve.responses import Frame, chat_response, text_response, usage_of
 from puna.serve.state import ServerState
-from puna.serve.worker import Job
 
 KEEP_ALIVE = 15.0  # seconds without a byte after which a stream sends a comment
 LAST_WORD = 2.0  # seconds for the last chunk to a reader who may have stopped reading

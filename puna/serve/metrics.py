@@ -14,11 +14,11 @@ from prometheus_client.registry import Collector
 from puna import __version__
 from puna.engine.engine import Engine
 from puna.serve.facts import model_facts
+from puna.serve.jobs import Job
 from puna.serve.masks import without_values
 from puna.serve.recent import Rate, Window
 from puna.serve.record import Record
 from puna.serve.state import ServerState
-from puna.serve.worker import Job
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)

@@ -167,10 +167,10 @@ def _conversation(state: ServerState, raw: bytes) -> tuple[ChatRequest, Binding,
 def _check_size(state: ServerState, asked: Asked, characters: int, param: str) -> None:
     """Refuse what cannot fit before it is cut into tokens, which of megabytes takes seconds."""
     most = SLACK * state.longest_token * state.llm.context
-    if characters > most and asked.overflow in (None, "refuse"):
+    if characters > most > 0 and asked.overflow in (None, "refuse"):
         raise BadRequest(
-            f"{param}: {characters:,} characters are more than {state.llm.context:,} tokens can hold, and this "
-            'model takes no more; shorten it, or give overflow "truncate" or "slide"',
+            f"{param}: {characters:,} characters are more than {state.llm.context:,} tokens can hold, and "
+            'no more fit; shorten it, or give overflow "truncate" or "slide"',
             param,
             "context_length_exceeded",
         )

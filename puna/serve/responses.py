@@ -8,10 +8,10 @@ from typing import Any
 
 from puna.engine.completion import Completion
 from puna.serve.calls import ToolCallReader, answer_message
+from puna.serve.jobs import Job
 from puna.serve.logprobs import ChatLogprobs, TextLogprobs, TokenTexts, end_tokens, joined, said
 from puna.serve.prompts import Task
 from puna.serve.schema import CompletionRequest
-from puna.serve.worker import Job
 from puna.tokenizer.tokenizer import Tokenizer
 
 

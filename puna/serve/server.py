@@ -166,6 +166,8 @@ class _Server:
         done = asyncio.ensure_future(self._done(set(listener.requests), listener.all))
         again = asyncio.ensure_future(self._events.get())
         await asyncio.wait((done, again), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if done.done() and (fault := done.exception()) is not None:
+            self._log.fault(fault, what="draining")
         done.cancel()
         again.cancel()
         if again.done() and not again.cancelled() and isinstance(again.result(), Exception):

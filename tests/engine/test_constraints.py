@@ -6,8 +6,10 @@ import json
 import random
 import re
 import sys
+import time
 import unicodedata
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -424,6 +426,88 @@ def test_what_is_too_large_ends_soon_and_in_one_line(vocabularies: Any, name: st
     except InputError as error:
         assert len(str(error)) < 400
         assert "\n" not in str(error)
+
+
+def _doubled(depth: int) -> dict[str, Any]:
+    """Every rule twice or once the next one, or nothing: a text has very many readings."""
+    rules = [f"x{i}: x{i + 1} x{i + 1} | x{i + 1} |" for i in range(depth)]
+    return {"grammar": "\n".join(["start: x", "x: x0 x | x0", *rules, f"x{depth}: /[a-z ]/ |"])}
+
+
+AMBIGUOUS: dict[str, dict[str, Any]] = {
+    **{f"doubled {depth}": _doubled(depth) for depth in (5, 8, 30, 100, 300)},
+    "three or two": {"grammar": 'start: s\ns: s s s | s s | "a" | "b" | " " | /[a-z]/ |'},
+    "many": {"grammar": "start: s\ns: /[a-z]/ | " + "| ".join("s " * count for count in range(2, 11)) + "|"},
+}
+
+
+@pytest.mark.parametrize("name", ["small", "llama3"])
+@pytest.mark.parametrize("case", AMBIGUOUS)
+def test_what_is_ambiguous_holds_nobody_up(vocabularies: Any, name: str, case: str, request: Any) -> None:
+    """Others wait while a token is found: about 10 ms are meant, seconds it was; a busy machine has time."""
+    rng = random.Random(0)
+    vocabulary = vocabularies(name, request)
+    longest = 0.0
+    with suppress(InputError):
+        answer = vocabulary.begin("Hello", **AMBIGUOUS[case])
+        for _ in range(40):
+            began = time.perf_counter()
+            try:
+                choices = answer.constraint.allowed().nonzero()[:, 0].tolist()
+                answer.accept(rng.choice(sorted({*choices} - set(vocabulary.end_ids))))
+            finally:
+                longest = max(longest, time.perf_counter() - began)
+    assert longest < 0.5
+
+
+MULTIPLES: dict[str, dict[str, Any]] = {
+    "many": {
+        "properties": {
+            f"k{i}": {"multipleOf": 9973 + i, "minimum": -(10**9), "maximum": 10**9} for i in range(100)
+        }
+    },
+    "large": {"type": "integer", "multipleOf": 999_983},
+    "fine": {"type": "number", "multipleOf": 99_998.3},
+    "together": {"allOf": [{"type": "integer", "multipleOf": number} for number in (97, 89, 83)]},
+    "by reference": {"$ref": "#/$defs/a", "multipleOf": 997, "$defs": {"a": {"multipleOf": 991}}},
+    "huge": {"multipleOf": 10**4000},
+}
+
+
+@pytest.mark.parametrize("name", MULTIPLES)
+def test_multiples_that_take_long_to_tell_apart_are_refused_at_once(name: str) -> None:
+    with pytest.raises(InputError, match=r"has \d+ remainders of multipleOf; at most 50000 .* simplify it"):
+        json_rule(MULTIPLES[name])
+
+
+def test_multiples_are_counted_through_all_schemas_of_a_grammar(
+    vocabularies: Any, request: pytest.FixtureRequest
+) -> None:
+    rules = [json_rule({"type": "integer", "multipleOf": 9973 + i}) for i in range(6)]
+    with pytest.raises(InputError, match="has 59853 remainders"):
+        vocabularies("small", request).begin(grammar="start: " + " | ".join(rules))
+
+
+@pytest.mark.parametrize("step", [7, 60, 3600, 0.01, 0.25, 1e-8, 1000])
+def test_usual_multiples_are_followed(vocabularies: Any, step: float, request: pytest.FixtureRequest) -> None:
+    small = vocabularies("small", request)
+    answer = small.begin(None, json_schema={"type": "number", "multipleOf": step})
+    assert answer.takes(small.tokenizer.encode("126000", bos=False))
+
+
+@pytest.mark.parametrize("name", ["small", "llama3"])
+@pytest.mark.parametrize("count", [100, 300, 1000])
+def test_objects_of_many_properties_can_be_written(
+    vocabularies: Any, name: str, count: int, request: pytest.FixtureRequest
+) -> None:
+    vocabulary = vocabularies(name, request)
+    schema = {"type": "object", "properties": {f"field{i}": {"type": "string"} for i in range(count)}}
+    value = {f"field{i}": "He said (yes). ok" for i in range(0, count, count // 10)}
+    ids = vocabulary.tokenizer.encode(json.dumps(value, separators=(",", ":")), bos=False)
+    assert vocabulary.begin(None, json_schema=schema).takes(ids)
+    if count <= 300:  # within rules, where less is admitted
+        rules = f"start: call | /[^{{].*/\ncall: {json_rule(schema)}"
+        assert vocabulary.begin(None, grammar=rules).takes(ids)
 
 
 def test_a_token_that_is_not_allowed_is_refused(vocabularies: Any, request: pytest.FixtureRequest) -> None:

@@ -18,9 +18,10 @@ import uvicorn
 
 from puna.engine.llm import LLM
 from puna.serve.app import make_app
+from puna.serve.jobs import Job
 from puna.serve.settings import ServeSettings
 from puna.serve.state import ServerState
-from puna.serve.worker import EngineThread, Job
+from puna.serve.worker import EngineThread
 from puna.settings import parse
 
 STARTS = 30.0  # seconds within which a server listens

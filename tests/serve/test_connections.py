@@ -203,6 +203,49 @@ def test_a_client_that_reads_slowly_is_waited_for() -> None:
         assert read > 64 << 20 and time.monotonic() - began > 0.6
 
 
+@pytest.mark.parametrize("more", ["keep-alive", "close"])
+def test_a_whole_answer_that_is_trickled_has_an_end(more: str) -> None:
+    """The client takes a little all the time, and the app is long done."""
+    body = bytes(7 << 20)
+    head = request_of("/v1/completions", f"Content-Length: {len(body)}", "Content-Type: application/json",
+                      f"Connection: {more}", method="POST")  # fmt: skip
+    with standing(body_seconds=30, request_seconds=1, idle_seconds=30) as server:
+        link = socket.socket()
+        server.links.append(link)
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        link.settimeout(10)
+        link.connect(("127.0.0.1", server.port))
+        link.sendall(head + body)
+        began = time.monotonic()
+        while server.listener.all:
+            assert time.monotonic() - began < 6
+            with suppress(ConnectionResetError):
+                link.recv(3000)
+            time.sleep(0.01)
+        assert time.monotonic() - began > 0.8
+        assert server.records[-1].status == 200
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"GET /health HTTP/9.9\r\nHost: localhost\r\n\r\n",
+        b"GET /health HTTP/0.9\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0",
+    ],
+)
+def test_another_version_gets_one_answer_and_the_connection_is_closed(raw: bytes) -> None:
+    with standing() as server:
+        answer = server.say(raw)
+        assert status_of(answer) == 505 and answer.count(b"HTTP/1.1 ") == 1
+        assert b"ask again in HTTP/1.1" in answer
+        with server.connect() as link:
+            link.sendall(request_of("/health") + raw)
+            assert [int(part[:3]) for part in read_all(link).split(b"HTTP/1.1 ")[1:]][:2] == [200, 505]
+        assert sorted(record.status or 0 for record in server.records) == [200, 505, 505]
+        assert server.say(b"GET /health HTTP/1.0\r\n\r\n").endswith(b"fine")
+
+
 WHOLE = (
     request_of("/health", "Connection: close"),
     request_of("/health", "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13"),

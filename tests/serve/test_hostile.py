@@ -30,7 +30,8 @@ def process(llm: LLM, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proc
     path = tmp_path_factory.mktemp("model") / "tiny"
     llm.save(path)
     allow_files(8192)
-    with served(path, f"header_seconds={HEADER_SECONDS}", "body_seconds=2", "log_format=json") as it:
+    limits = (f"header_seconds={HEADER_SECONDS}", "body_seconds=2", "max_body_bytes=8MiB")
+    with served(path, *limits, "log_format=json") as it:
         with it.client() as client:  # what is made at first use is there
             assert (
                 client.post("/v1/completions", json={"prompt": "def f(", "max_tokens": 8}).status_code == 200

@@ -17,7 +17,8 @@ from puna.engine.llm import LLM
 from puna.engine.params import SamplingParams
 from puna.engine.settings import EngineSettings
 from puna.errors import InputError
-from puna.serve.worker import EngineThread, Job, QueueFull, Stopped
+from puna.serve.jobs import Job
+from puna.serve.worker import EngineThread, QueueFull, Stopped
 from puna.settings import parse
 
 CONTEXT = 96
