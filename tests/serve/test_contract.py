@@ -31,7 +31,7 @@ schemathesis = pytest.importorskip("schemathesis")
 
 CONTEXT = 96  # short, so that what may be as long as the context is soon done
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-QUICK, LONG, LONG_OWN = 15, 400, 4000
+QUICK, LONG, LONG_OWN = 6, 400, 4000
 OPERATIONS = (
     *("POST /v1/chat/completions", "POST /v1/completions", "POST /tokenize", "POST /detokenize"),
     *("POST /apply-template", "GET /v1/models/{id}", "GET /v1/models", "GET /health", "GET /ready"),
