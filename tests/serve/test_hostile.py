@@ -25,6 +25,9 @@ SLOWEST = 3.0  # seconds that an honest answer may take; alone it takes some mil
 JSON = "Content-Type: application/json"
 
 
+pytestmark = pytest.mark.slow  # half a minute of floods
+
+
 @pytest.fixture(scope="module")
 def process(llm: LLM, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     path = tmp_path_factory.mktemp("model") / "tiny"
