@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from puna.engine.answer import Answer, Request, Track
 from puna.engine.blocks import BlockPool
 from puna.engine.cache import PagedCache, bytes_per_position
 from puna.engine.constraints import Grammars
+from puna.engine.figures import Load, Times
 from puna.engine.rows import RowClasses
 from puna.engine.sampling import choose, logprobs
 from puna.engine.scheduler import Part, Scheduler
@@ -42,31 +42,6 @@ INTERRUPTIONS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 ROWS = 512  # that steps of fewer rows are held against, so that step_tokens changes no bit
 PROMPT_ROWS = 64  # prompt tokens whose log-probabilities are formed at once: logits are V numbers each
 CACHE_SHARE = {"cpu": 0.25, "cuda": 0.5}  # of the free memory; other devices use the CPU's
-
-
-@dataclass
-class Times:
-    """What an engine has done, and the seconds it took."""
-
-    steps: int = 0
-    rows: int = 0
-    tokens: int = 0
-    sequences: int = 0
-    """Summed over the steps: divided by `steps`, how many were computed together."""
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("schedule", "model", "sample", "text"), 0.0)
-    )
-
-
-@dataclass(frozen=True)
-class Load:
-    """What an engine holds right now; blocks are of BLOCK positions each."""
-
-    running: int
-    waiting: int
-    blocks_used: int
-    blocks: int
-    preemptions: int
 
 
 class Engine:

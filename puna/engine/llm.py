@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypeGuard, overload
+from typing import Any, overload
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from puna import formats
 from puna.engine.answer import Answer, Request
 from puna.engine.completion import Completion, completion
 from puna.engine.engine import Engine
 from puna.engine.params import SamplingParams
+from puna.engine.prompts import Messages, Prompt, as_ids, is_batch, is_conversation, pair
 from puna.engine.settings import EngineSettings
 from puna.engine.stream import Stream
 from puna.errors import InputError, PunaError
@@ -30,11 +28,6 @@ from puna.quantize import packing
 from puna.settings import parse
 from puna.tokenizer import chat as chats
 from puna.tokenizer.tokenizer import Tokenizer
-
-Prompt = str | Items[int]
-"""Text, or token ids."""
-Messages = Items[Mapping[str, Any]]
-"""A conversation: `[{"role": "user", "content": "Hello"}, …]`."""
 
 
 class LLM:
@@ -150,7 +143,7 @@ class LLM:
             ResourceError: too little memory.
         """
         params = parse(SamplingParams, sampling, "sampling")
-        if not _is_batch(prompt):
+        if not is_batch(prompt):
             return self._complete([self._prompted(prompt, params, specials)])[0]
         return self._complete([self._prompted(one, params, specials) for one in prompt])
 
@@ -232,7 +225,7 @@ class LLM:
             InputError: it is empty; or it is text, and there is no tokenizer.
         """
         if not isinstance(prompt, str):
-            return _as_ids(prompt)
+            return as_ids(prompt)
         ids = self._with_tokenizer().encode(prompt, bos=True, specials=specials)
         if not ids:
             raise InputError("the prompt is empty, and this tokenizer has no token to begin a text with")
@@ -261,8 +254,8 @@ class LLM:
 
     def _request_or_error(self, asked: Any, template: str | None) -> Request | PunaError:
         try:
-            prompt, sampling = _pair(asked)
-            if _is_conversation(prompt):
+            prompt, sampling = pair(asked)
+            if is_conversation(prompt):
                 return self._conversation(prompt, template, sampling)
             return self._prompted(prompt, parse(SamplingParams, sampling, "sampling"), specials=False)
         except PunaError as error:
@@ -368,38 +361,3 @@ def _completion_or_error(outcome: Answer | PunaError) -> Completion | PunaError:
     if outcome.error is not None:  # a fault of ours, which must not end the answers of others
         return PunaError(f"the engine failed: {type(outcome.error).__name__}: {outcome.error}")
     return completion(outcome)
-
-
-def _pair(asked: Any) -> tuple[Any, Mapping[str, Any]]:
-    """A prompt and its settings, as `completions` takes them."""
-    if not isinstance(asked, tuple) or len(asked) != 2 or not isinstance(asked[1], Mapping):
-        raise InputError(
-            f"a request must be a pair of a prompt and its sampling settings, such as ('Once', {{}}), got "
-            f"{asked!r:.60}"
-        )
-    return asked
-
-
-def _is_conversation(prompt: Any) -> TypeGuard[Messages]:
-    is_list = isinstance(prompt, Items) and not isinstance(prompt, str) and len(prompt) > 0
-    return is_list and isinstance(prompt[0], Mapping)
-
-
-def _is_batch(prompt: Any) -> bool:
-    """Whether it is a list of prompts, of texts or of ids. An empty list is taken for an empty prompt."""
-    if isinstance(prompt, Tensor | np.ndarray):
-        return prompt.ndim > 1
-    is_list = isinstance(prompt, Items) and not isinstance(prompt, str) and len(prompt) > 0
-    return is_list and isinstance(prompt[0], Items | Tensor | np.ndarray)
-
-
-def _as_ids(prompt: Any) -> list[int]:
-    try:
-        ids = [operator.index(item) for item in prompt]
-    except TypeError:
-        raise InputError(
-            f"a prompt must be text or token ids, got {type(prompt).__name__}: {prompt!r:.60}"
-        ) from None
-    if not ids:
-        raise InputError("the prompt is empty; give text, or at least one token id")
-    return ids

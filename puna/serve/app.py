@@ -214,8 +214,8 @@ async def _computed(request: Request, work: Callable[[ServerState, bytes], dict[
     """What may take long is done on a thread, so that nobody else waits."""
     state, body = _server(request), await request.body()
     working = state.aside.do(len(body), lambda: json.dumps(work(state, body)))
-    end = _record(request).arrived + state.settings.request_seconds
-    content = await unless_left(working, request.receive, end - time.monotonic())
+    arrived, seconds = _record(request).arrived, state.settings.request_seconds
+    content = await unless_left(working, request.receive, arrived, seconds)
     return Response(content, media_type="application/json")
 
 

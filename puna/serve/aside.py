@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TypeVar
@@ -11,7 +12,6 @@ from typing import TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from puna.progress import counted
 from puna.serve.faults import TooLate
 
 T = TypeVar("T")
@@ -62,8 +62,8 @@ class Aside:
         return await found
 
 
-async def unless_left(work: Awaitable[T], receive: Receive, seconds: float) -> T:
-    """What `work` gives, as long as the client waits for it, and no longer than so many seconds.
+async def unless_left(work: Awaitable[T], receive: Receive, arrived: float, seconds: float) -> T:
+    """What `work` gives, as long as the client waits for it, and for so many seconds from its arrival.
 
     Raises:
         ClientDisconnect: the client has left.
@@ -71,12 +71,13 @@ async def unless_left(work: Awaitable[T], receive: Receive, seconds: float) -> T
     """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(left(receive))
     try:
-        await asyncio.wait({task, gone}, timeout=max(seconds, 0), return_when=asyncio.FIRST_COMPLETED)
+        rest = max(arrived + seconds - time.monotonic(), 0)
+        await asyncio.wait({task, gone}, timeout=rest, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         if gone.done():
             raise ClientDisconnect
-        raise TooLate(f"this was not done within {counted(seconds, 'second')}; ask for less at once")
+        raise TooLate(seconds)
     finally:
         await ended(task, gone)
 

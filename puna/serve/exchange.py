@@ -9,14 +9,13 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from puna.engine.completion import Completion
 from puna.errors import InputError
-from puna.progress import counted
 from puna.serve.aside import LIGHT, ended, left
 from puna.serve.chunks import DONE, WAITING, ChatChunks, Chunks, TextChunks, fault_event, usage_event
 from puna.serve.faults import Fault, TooLate, fault_of
@@ -38,7 +37,6 @@ EVENTS = (
 TOKEN_BYTES = 8  # of a response for each token, and for each likely one beside it ten times as many
 COMPILED = (b'"tools"', b'"response_format"')  # together they are compiled before the engine's own turn
 OURS = 500
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -94,10 +92,7 @@ class Exchange(Response):
                 self._record.gone = True
                 return None
             if time.monotonic() >= deadline:
-                seconds = self._state.settings.request_seconds
-                return TooLate(
-                    f"the answer was not done within {counted(seconds, 'second')}; ask for less at once"
-                )
+                return TooLate(self._state.settings.request_seconds)
             await self._keep_alive()
 
     async def _work(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from puna.errors import InputError, ResourceError
+from puna.progress import counted
 from puna.serve.worker import QueueFull, Stopped
 
 INVALID, SERVER = "invalid_request_error", "server_error"
@@ -24,6 +25,9 @@ class BadRequest(InputError):
 
 class TooLate(Exception):
     """A request took longer than the server's settings let it."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"this was not done within {counted(seconds, 'second')}; ask for less at once")
 
 
 @dataclass(frozen=True)

@@ -169,8 +169,8 @@ def _check_size(state: ServerState, asked: Asked, characters: int, param: str) -
     most = SLACK * state.longest_token * state.llm.context
     if characters > most > 0 and asked.overflow in (None, "refuse"):
         raise BadRequest(
-            f"{param}: {characters:,} characters are more than {state.llm.context:,} tokens can hold, and "
-            'no more fit; shorten it, or give overflow "truncate" or "slide"',
+            f"{param}: {characters:,} characters are more than a context of {state.llm.context:,} tokens "
+            'holds; shorten it, or give overflow "truncate" or "slide"',
             param,
             "context_length_exceeded",
         )

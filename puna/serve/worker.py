@@ -12,7 +12,8 @@ from contextlib import suppress
 from typing import Protocol
 
 from puna.engine.answer import Answer, Request
-from puna.engine.engine import Engine, Load
+from puna.engine.engine import Engine
+from puna.engine.figures import Load
 from puna.errors import InputError, PunaError, ResourceError
 from puna.progress import counted
 from puna.serve.jobs import Job, News, Watched

@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
-import inspect
-
 import pytest
 
 from puna.engine.llm import LLM
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
 from puna.tokenizer.tokenizer import Tokenizer
-from puna.tokenizer.train import TokenizerSettings, train
 from tests.model.shapes import model_of
+from tests.small import small_config, small_tokenizer
 
 CONTEXT = 96
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    """Trained on some source that every Python carries; most of its pieces are single bytes."""
-    return train([inspect.getsource(argparse)], TokenizerSettings(vocab_size=400))
+    """Most of its pieces are single bytes."""
+    return small_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def config(tokenizer: Tokenizer) -> ModelConfig:
     """Fits the tokenizer."""
-    return ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        attention_dropout=0.1,
-        residual_dropout=0.1,
-    )
+    return small_config(tokenizer, CONTEXT, attention_dropout=0.1, residual_dropout=0.1)
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import inspect
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +13,8 @@ from puna.engine.llm import LLM
 from puna.engine.loading import load
 from puna.model.config import ModelConfig
 from puna.tokenizer.tokenizer import Tokenizer
-from puna.tokenizer.train import TokenizerSettings, train
 from tests.model.shapes import model_of
+from tests.small import small_config, small_tokenizer
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
@@ -29,22 +27,14 @@ CONTEXT = 512
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    """Trained on some source that every Python carries; most of its pieces are single bytes."""
-    return train([inspect.getsource(argparse)], TokenizerSettings(vocab_size=400))
+    """Most of its pieces are single bytes."""
+    return small_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def config(tokenizer: Tokenizer) -> ModelConfig:
     """Fits the tokenizer."""
-    return ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-    )
+    return small_config(tokenizer, CONTEXT)
 
 
 @pytest.fixture(scope="session")
