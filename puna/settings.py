@@ -28,6 +28,7 @@ Kind = Literal["meaning", "layout", "neutral"]
 S = TypeVar("S", bound="Settings")
 
 
+_PARTS = re.compile(r"""'[^']*'|"[^"]*"|[^.]+""")  # of a dotted key, as TOML writes it
 BYTES = re.compile(r"(\d+(?:\.\d+)?) ?([kmgt]?)(i?)b", re.IGNORECASE)
 
 
@@ -88,7 +89,7 @@ def read_settings(cls: type[S], path: Path | None = None, overrides: Sequence[st
     Raises:
         SettingsError: the file cannot be read or parsed, a key is unknown, or a value is wrong.
     """
-    values = overridden({} if path is None else _read_toml(path), overrides)
+    values = overridden({} if path is None else read_toml(path), overrides)
     origin = str(path) if path is not None else "settings"
     return parse(cls, values, f"{origin} with {' '.join(overrides)}" if path and overrides else origin)
 
@@ -151,7 +152,12 @@ def _kind(info: FieldInfo, inherited: Kind) -> Kind:
     return declared if declared in ("layout", "neutral") else inherited  # type: ignore[return-value]
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The plain values of a TOML file.
+
+    Raises:
+        SettingsError: it cannot be read or parsed.
+    """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -166,7 +172,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise SettingsError(f"expected key=value, got {override!r}")
-    *parents, last = key.split(".")
+    *parents, last = (part.strip("'\"") for part in _PARTS.findall(key) or [key])
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):

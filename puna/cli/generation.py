@@ -13,6 +13,7 @@ from puna.cli.options import (
     Dtype,
     Json,
     Model,
+    Quantize,
     Revision,
     Sampling,
     Seed,
@@ -84,6 +85,7 @@ def generate(
     template: Template = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     tokenizer: Tokenizer = None,
     revision: Revision = None,
     cache_dir: CacheDir = None,
@@ -109,7 +111,7 @@ def generate(
         logprobs=logprobs, regex=regex, choice=choice,
     )  # fmt: skip
     options = sampling_options(chosen, change or (), json_schema=json_schema, grammar=grammar)
-    choice_of_model = ModelChoice(model, revision, cache_dir, tokenizer)
+    choice_of_model = ModelChoice(model, revision, cache_dir, tokenizer, quantize)
 
     def opened() -> LLM:
         llm = choice_of_model.llm(device, dtype, note, options.engine)
@@ -149,6 +151,7 @@ def chat(
     template: Template = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     tokenizer: Tokenizer = None,
     revision: Revision = None,
     cache_dir: CacheDir = None,
@@ -166,7 +169,9 @@ def chat(
 
     chosen = given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     options = sampling_options(chosen, change or (), several=False)
-    llm = ModelChoice(model, revision, cache_dir, tokenizer).llm(device, dtype, note, options.engine)
+    llm = ModelChoice(model, revision, cache_dir, tokenizer, quantize).llm(
+        device, dtype, note, options.engine
+    )
     loading()
     failed = run(
         llm, options.sampling, system=system, template=template, start=load, read=line_reader(),

@@ -29,6 +29,13 @@ LowMemory = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float64, float32, bfloat16 or float16.")]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        help="int8, int4 or nf4: round the matrices to it as they are read.",
+        show_default=False,
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings to change, as key=value.", show_default=False)
 ]

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from puna.cli.options import CacheDir, Device, Dtype, Model, Overrides, Revision, Template, Tokenizer, given
+from puna.cli.options import (
+    CacheDir,
+    Device,
+    Dtype,
+    Model,
+    Overrides,
+    Quantize,
+    Revision,
+    Template,
+    Tokenizer,
+    given,
+)
 from puna.cli.printing import note
 from puna.errors import MissingExtraError, SettingsError
 
@@ -29,6 +40,7 @@ def serve(
     template: Template = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     tokenizer: Tokenizer = None,
     revision: Revision = None,
     cache_dir: CacheDir = None,
@@ -53,7 +65,7 @@ def serve(
             raise SettingsError(f"--{name} and {name}= say different things; leave one of them out")
     changes = [*(overrides or ()), *(f"{name}={json.dumps(value)}" for name, value in options.items())]
     chosen = read_settings(ServeSettings, settings, changes)
-    choice = ModelChoice(model, revision, cache_dir, tokenizer)
+    choice = ModelChoice(model, revision, cache_dir, tokenizer, quantize)
 
     def opened(say: Callable[[str], None]) -> LLM:
         return choice.llm(device, dtype, say, chosen.engine)

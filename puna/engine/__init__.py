@@ -1,6 +1,6 @@
 """Requests → tokens.
 
-llm.py          LLM, which users hold; loading.py: any model as one
+llm.py          LLM, which users hold; loading.py: any model as one; arriving.py: its tensors on their way
 stream.py       an answer's text as it is made; completion.py: the whole of it
 settings.py     what an engine is given; params.py: what one request asks for
 engine.py       the step: what the scheduler chose goes through the model as one flat pass

@@ -40,10 +40,10 @@ class PagedCache:
         """
         self.rope_lengths: Tensor | None = None
         self.bytes = blocks * BLOCK * bytes_per_position(config, dtype, quantized)
-        self._window, self._device = config.sliding_window, device
+        self.dtype, self._window, self._device = dtype, config.sliding_window, device
         self._step: Step | None = None
         try:
-            self._pages = [
+            self.pages = [
                 _pages(config, blocks, torch.int8 if quantized else dtype, device)
                 for _ in range(config.num_hidden_layers)
             ]
@@ -55,7 +55,7 @@ class PagedCache:
         kernel = attention_on(device)
         self.fault = kernel.fault
         """Why attention is plain torch on a CPU, in one line; "" where it is not."""
-        self._attend = [kernel.bind(pages, dtype) for pages in self._pages]
+        self._attend = [kernel.bind(pages, dtype) for pages in self.pages]
 
     def begin(
         self,
@@ -83,13 +83,18 @@ class PagedCache:
         )
         self.rope_lengths = None if lengths is None else self._per_row(lengths, counts, rows)
 
+    @property
+    def step(self) -> Step:
+        """Whose the rows of this pass are, as `begin` was told."""
+        assert self._step is not None
+        return self._step
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         """Store k and v (1, M, K, H), then let q (1, M, N, H) see the keys up to its own, within the window.
 
         The positions are those that `begin` was told. Rows that are padding store nothing and give zeros.
         """
-        assert self._step is not None
-        return self._attend[layer](self._step, q, k, v)
+        return self._attend[layer](self.step, q, k, v)
 
     def _per_row(self, lengths: Items[int], counts: Items[int], rows: int) -> Tensor:
         flat = [length for length, count in zip(lengths, counts, strict=True) for _ in range(count)]

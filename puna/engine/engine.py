@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator
-from collections.abc import Sequence as Items
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -22,7 +21,7 @@ from puna.engine.blocks import BlockPool
 from puna.engine.cache import PagedCache, bytes_per_position
 from puna.engine.constraints import Grammars
 from puna.engine.figures import Load, Times
-from puna.engine.rows import RowClasses
+from puna.engine.forward import Forward
 from puna.engine.sampling import choose, logprobs
 from puna.engine.scheduler import Part, Scheduler
 from puna.engine.sequence import Sequence
@@ -39,7 +38,6 @@ from puna.progress import quantity
 from puna.tokenizer.tokenizer import Tokenizer
 
 INTERRUPTIONS = (KeyboardInterrupt, SystemExit, GeneratorExit)
-ROWS = 512  # that steps of fewer rows are held against, so that step_tokens changes no bit
 PROMPT_ROWS = 64  # prompt tokens whose log-probabilities are formed at once: logits are V numbers each
 CACHE_SHARE = {"cpu": 0.25, "cuda": 0.5}  # of the free memory; other devices use the CPU's
 
@@ -55,26 +53,22 @@ class Engine:
     def __init__(
         self, model: Llama, tokenizer: Tokenizer | None, context: int, settings: EngineSettings
     ) -> None:
-        """Memory is reserved here, and the numbers of rows that treat a row alike are found.
+        """Memory is reserved here, and the model's pass is captured, or what its rows may be is found.
 
         Raises:
             ResourceError: there is not even memory for one block of keys and values.
         """
         self.settings, self.times = settings, Times()
         self._model, self._tokenizer, self._context = model, tokenizer, context
-        config, weight = model.config, model.model.embed_tokens.weight
-        self._device, self._modules = weight.device, list(model.modules())
-        chooser_on(self._device)  # compiled now, not while the first token is waited for
+        config, weight = model.config, model.model.norm.weight
+        chooser_on(weight.device)  # compiled now, not while the first token is waited for
         blocks = _block_count(config, context, weight.dtype, weight.device, settings)
-        with _generating(self._modules):
-            self._rows = RowClasses(model, max(settings.step_tokens, ROWS), settings.deterministic)
         self._cache = PagedCache(config, blocks, weight.dtype, weight.device, settings.cache_dtype == "int8")
+        with _generating(()):
+            self._forward = Forward(model, self._cache, settings)
         self._pool = BlockPool(blocks, BLOCK, sharing=settings.prefix_sharing)
         self._scheduler = Scheduler(
-            self._pool,
-            min(settings.step_tokens, self._rows.largest),
-            settings.max_running,
-            config.sliding_window,
+            self._pool, self._forward.largest, settings.max_running, config.sliding_window
         )
         self._grammars: dict[tuple[int, ...], Grammars] = {}  # by end tokens
         self._tracks: dict[Sequence, Track] = {}
@@ -240,38 +234,18 @@ class Engine:
 
     def _chosen(self, parts: list[Part]) -> tuple[list[Choice | ModelError], float]:
         """What each sampled part's sequence goes on with, and when the logits were there."""
-        with _generating(self._modules):
-            hidden = self._hidden(parts)  # (M, D)
-            ends = _ends(parts)
-            self._note_prompts(parts, ends, hidden)
-            last = [end - 1 for part, end in zip(parts, ends, strict=True) if part.samples]
-            if not last:
-                return [], time.perf_counter()
-            logits = self._rows.head(hidden[torch.tensor(last, device=self._device)])  # (R, V)
+        self._forward.look()
+        with _generating(self._forward.touched):
+            hidden, logits = self._hidden(parts)
+            self._note_prompts(parts, _ends(parts), hidden)
             states = [self._tracks[part.sequence].state for part in parts if part.samples]
             computed = time.perf_counter()
-            return choose(logits, states), computed
+            return choose(logits, states) if states else [], computed
 
-    def _hidden(self, parts: list[Part]) -> Tensor:
-        rows = sum(part.count for part in parts)
-        M = self._rows.padded(rows)
-        ids: list[int] = []
-        positions: list[int] = []
-        for part in parts:
-            end = part.start + part.count
-            ids += part.sequence.ids[part.start : end]
-            positions += range(part.start, end)
-        padding = [0] * (M - rows)
-        flat = torch.tensor([ids + padding, positions + padding], device=self._device)  # (2, M)
-        by_length = self._model.model.rope.scaling.by_length
-        self._cache.begin(
-            [part.sequence.blocks for part in parts],
-            [part.start for part in parts],
-            [part.count for part in parts],
-            M,
-            [part.sequence.longest for part in parts] if by_length else None,
-        )
-        return self._model.model(flat[:1], flat[1:], cache=self._cache)[0]  # (M, D)
+    def _hidden(self, parts: list[Part]) -> tuple[Tensor, Tensor]:
+        """Hidden states (M, D) of all rows, and the logits (R, V) of those that are sampled."""
+        last = [end - 1 for part, end in zip(parts, _ends(parts), strict=True) if part.samples]
+        return self._forward.run(parts, last)
 
     def _note_prompts(self, parts: list[Part], ends: list[int], hidden: Tensor) -> None:
         """Log-probabilities of prompt tokens, of sequences that ask for them: each by the row before it."""
@@ -285,7 +259,7 @@ class Engine:
             for first in range(max(part.start, known - 1), stop, PROMPT_ROWS):
                 count = min(PROMPT_ROWS, stop - first)
                 row = end - part.count + first - part.start
-                logits = self._rows.head(hidden[row : row + count])  # (count, V)
+                logits = self._forward.head(hidden[row : row + count])  # (count, V)
                 targets = sequence.prompt[first + 1 : first + 1 + count]
                 sequence.prompt_logprobs += logprobs(logits, targets, [wanted] * count)
 
@@ -372,7 +346,7 @@ def _block_count(
 
 
 @contextmanager
-def _generating(modules: Items[Module]) -> Iterator[None]:
+def _generating(modules: Iterable[Module]) -> Iterator[None]:
     """The model still; too little memory is one line of advice."""
     try:
         with still(modules):

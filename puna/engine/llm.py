@@ -66,9 +66,9 @@ class LLM:
         self.end_ids = tuple(known if end_ids is None else end_ids)
 
     def __repr__(self) -> str:
-        weight = self.model.model.embed_tokens.weight
-        kind = str(weight.dtype).removeprefix("torch.")
-        return f"<LLM {self.source or 'in memory'}: {kind} on {weight.device}, context {self.context:,}>"
+        kind = str(self.dtype).removeprefix("torch.")
+        whole = "".join(f"{scheme} and " for scheme in packing.schemes(self.model))
+        return f"<LLM {self.source or 'in memory'}: {whole}{kind} on {self.device}, context {self.context:,}>"
 
     @property
     def config(self) -> ModelConfig:
@@ -78,7 +78,12 @@ class LLM:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.model.model.embed_tokens.weight.device
+        return self.model.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number type that it computes in; its matrices may be of whole numbers."""
+        return self.model.model.norm.weight.dtype
 
     @property
     def context(self) -> int:
@@ -109,14 +114,18 @@ class LLM:
         What `save` writes stays as it was; so does what `model(ids)` computes, but for the rounding of sums.
         Does nothing elsewhere than on a CPU, without a compiler, to a model that learns (in training mode, or
         with gradients), or for the second time. A model that `load` opened is packed by itself when its first
-        answer is asked for.
+        answer is asked for. Packed matrices pass gradients on, and refuse to be trained themselves.
         """
         learns = self.model.training or any(p.grad is not None for p in self.model.parameters())
         if self.device.type == "cpu" and not learns:
             packing.pack(self.model)
 
     def unpack(self) -> None:
-        """Undo `pack`, for good: the same weights, bit for bit, in modules that can be trained."""
+        """Undo `pack`, for good: the same weights, bit for bit, in the modules of the model file.
+
+        Those in floating point can be trained; matrices of whole numbers remain what they are, each in a
+        layer of its own that passes gradients on.
+        """
         self._packs = False
         packing.unpack(self.model)
 
@@ -340,7 +349,7 @@ Structure = tuple[Any, ...]
 
 def _structure(model: Llama, settings: EngineSettings) -> Structure:
     """What an engine is made for; its number types, device, modules and settings."""
-    weight = model.model.embed_tokens.weight
+    weight = model.model.norm.weight  # not the embedding's, which may be of whole numbers
     return weight.dtype, weight.device, settings, [id(module) for module in model.modules()]
 
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from puna import formats
 from puna import tokenizer as tokenizers
 from puna.devices import choose_device, choose_dtype, total_memory
+from puna.engine.arriving import Arriving, quantization
 from puna.engine.llm import LLM
 from puna.engine.settings import EngineSettings
-from puna.errors import InputError, SettingsError
+from puna.errors import SettingsError
 from puna.model.llama import Llama
-from puna.model.weights import Packed, Weights, load_weights
+from puna.model.weights import Weights
 from puna.progress import quantity
+from puna.quantize.loading import load_quantized
+from puna.quantize.recipe import Recipe
 from puna.settings import parse
 from puna.tokenizer.tokenizer import Tokenizer
 
@@ -26,7 +28,7 @@ def load(
     path: str | Path,
     dtype: str = "auto",
     device: str = "auto",
-    quantize: str | None = None,
+    quantize: str | Recipe | Mapping[str, Any] | None = None,
     tokenizer: str | Path | Tokenizer | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
@@ -35,39 +37,43 @@ def load(
     """Open a model: a directory, a file, a run directory (its best export), or an id on the Hugging Face hub.
 
     Weights stay in the mapped file where type and device allow it, until the first answer is asked for: then
-    they are laid out as this processor multiplies by them (`LLM.pack`, which `LLM.unpack` undoes).
+    they are laid out as this processor multiplies by them (`LLM.pack`, which `LLM.unpack` undoes). Quantized
+    matrices are laid out at once, one after another, and run as they are; those that nothing here multiplies
+    by are expanded, and a note says so.
 
     Args:
         path: where the model is.
         dtype: float32, bfloat16, float16, float64; auto takes bfloat16 where the hardware multiplies in it.
         device: auto, cpu, cuda or mps.
-        quantize: must be None; no scheme is available.
+        quantize: int8, int4 or nf4 rounds the matrices to the nearest as they are read, none of which needs
+            memory for more than one in full precision; or a recipe, as `puna quantize` takes it.
         tokenizer: takes the place of the model's own.
         revision: of a hub id: a branch, tag or commit.
         cache_dir: where downloads from the hub are kept; its usual place unless given.
         engine: memory for answers and how many are made at once: EngineSettings, or its fields.
 
     Raises:
-        ModelError: it is no model, or a damaged or unsupported one.
+        ModelError: it is no model, or a damaged or unsupported one; it is quantized already; or its shapes do
+            not allow the scheme.
         TokenizerError: its tokenizer is damaged.
-        SettingsError: dtype or device is unknown, or an engine setting is wrong.
-        InputError: `quantize` names a scheme.
+        SettingsError: dtype, device or scheme is unknown or needs calibration, or an engine setting is wrong.
     """
-    if quantize is not None:
-        raise InputError(f"quantize={quantize!r}: no quantization scheme is available; leave it out")
+    recipe = quantization(quantize)
     serving = engine if isinstance(engine, EngineSettings) else parse(EngineSettings, engine or {}, "engine")
     target = choose_device(device)
     _check_memory(serving, target)
     kind = choose_dtype(dtype, target)
     source = formats.open_model(formats.resolve(path, revision=revision, cache_dir=cache_dir))
+    arriving = Arriving(source, target, kind, recipe)
     chosen = source.tokenizer() if tokenizer is None else tokenizer
     if isinstance(chosen, str | Path):
         chosen = tokenizers.load(chosen)
     with torch.device("meta"):
         model = Llama(source.config).to(kind)
-    load_weights(model, _on(target, kind, formats.expanded(source.weights)))
+    load_quantized(model, Weights(source.config, arriving))
     ends = source.end_ids if chosen is None else (*source.end_ids, *chosen.end_ids)
-    return LLM(model.eval(), chosen, tuple(dict.fromkeys(ends)), str(path), source.notes, serving, packs=True)
+    notes = (*source.notes, *arriving.notes)
+    return LLM(model.eval(), chosen, tuple(dict.fromkeys(ends)), str(path), notes, serving, packs=True)
 
 
 def _check_memory(settings: EngineSettings, device: torch.device) -> None:
@@ -78,13 +84,3 @@ def _check_memory(settings: EngineSettings, device: torch.device) -> None:
             f"engine.cache_memory asks for {quantity(asked)}B, and {device} has {quantity(there)}B in all; "
             "give less, or leave it out"
         )
-
-
-def _on(device: torch.device, dtype: torch.dtype, weights: Weights) -> Weights:
-    """The weights moved to a device, tensor by tensor, so that none is held twice."""
-
-    def moved() -> Iterator[tuple[str, Tensor | Packed]]:
-        for name, tensor in weights:
-            yield name, tensor if isinstance(tensor, Packed) else tensor.to(device, dtype)
-
-    return Weights(weights.config, moved())

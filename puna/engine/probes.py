@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from puna.kernels import panels
 from puna.model.llama import Llama
 from puna.quantize.packed import PackedLinear
 
@@ -72,16 +73,19 @@ def _kind(module: nn.Module) -> tuple[object, ...]:
 
 
 def _dtype(model: Llama) -> torch.dtype:
-    return model.model.embed_tokens.weight.dtype
+    return model.model.norm.weight.dtype
 
 
 def _normal(rows: int, width: int) -> Tensor:
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(SEED))
+    return torch.randn(rows, width, generator=_generator())
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(SEED)
 
 
 def _positions(model: Llama, rows: int) -> Tensor:
-    generator = torch.Generator().manual_seed(SEED)
-    return torch.randint(model.config.max_position_embeddings, (rows,), generator=generator)
+    return torch.randint(model.config.max_position_embeddings, (rows,), generator=_generator())
 
 
 def _rope(model: Llama, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +97,7 @@ def _rope(model: Llama, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _angles(model: Llama) -> Probe:
-    device = model.model.embed_tokens.weight.device
+    device = model.model.norm.weight.device
     return Probe(
         lambda positions: [x[0] for x in _rope(model, positions)],
         lambda rows: [_positions(model, rows).to(device)],
@@ -102,7 +106,7 @@ def _angles(model: Llama) -> Probe:
 
 
 def _norm(model: Llama) -> Probe:
-    norm, weight = model.model.norm, model.model.embed_tokens.weight
+    norm, weight = model.model.norm, model.model.norm.weight
     wide, width = torch.promote_types(weight.dtype, torch.float32), model.config.hidden_size
     return Probe(
         lambda x: [norm(x[None])[0]],
@@ -113,7 +117,7 @@ def _norm(model: Llama) -> Probe:
 
 def _activation(model: Llama) -> Probe:
     """SiLU, at values where the vectors' exponential and the single number's differ, if there are any."""
-    weight = model.model.embed_tokens.weight
+    weight = model.model.norm.weight
     values = _telling(weight.dtype, weight.device)
     width = model.config.intermediate_size
 
@@ -142,20 +146,25 @@ def _product(module: nn.Module, dtype: torch.dtype) -> Probe:
     width = int(vars(module)["in_features"])
 
     def inputs(rows: int) -> list[Tensor]:
-        if isinstance(module, nn.Linear | PackedLinear) and module.weight.is_floating_point():
+        if isinstance(module, nn.Linear | PackedLinear) and _adds_in_floating_point(module):
             return [_cancelling(module, rows)]
         return [_normal(rows, width).to(device, dtype)]
 
     return Probe(lambda x: [module(x[None])[0]], inputs)
 
 
+def _adds_in_floating_point(linear: nn.Linear | PackedLinear) -> bool:
+    """Whether its outputs are sums that could be rounded otherwise in another order."""
+    if isinstance(linear, nn.Linear):
+        return linear.weight.is_floating_point()
+    return [matrix.scales for matrix in linear.matrices()] == [None]
+
+
 def _cancelling(linear: nn.Linear | PackedLinear, rows: int) -> Tensor:
     """Rows (R, in) each of which makes one output nearly zero, by terms that are not."""
-    weight, generator = linear.weight, torch.Generator().manual_seed(SEED)
-    outputs = torch.randint(linear.out_features, (rows,), generator=generator).to(weight.device)
-    matrix_rows = linear.rows(outputs) if isinstance(linear, PackedLinear) else weight[outputs]
-    factors = matrix_rows.double()  # (R, in)
-    rest = 0 if linear.bias is None else linear.bias[outputs].double()
+    outputs = torch.randint(linear.out_features, (rows,), generator=_generator())
+    weight, bias = _terms(linear, outputs)  # (R, in), (R,)
+    factors, rest = weight.double(), 0 if bias is None else bias.double()
     x = _normal(rows, linear.in_features).to(weight.device, weight.dtype)
     places = factors.abs().topk(min(CANCELLED, linear.in_features), dim=1).indices  # (R, CANCELLED)
     x.scatter_(1, places, 0)
@@ -166,9 +175,21 @@ def _cancelling(linear: nn.Linear | PackedLinear, rows: int) -> Tensor:
     return x
 
 
+def _terms(linear: nn.Linear | PackedLinear, outputs: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The weights (R, in) and biases (R,) of some outputs (R,)."""
+    if isinstance(linear, PackedLinear):
+        (matrix,) = linear.matrices()
+        outputs = outputs.to(matrix.panels.device)
+        return panels.outputs_of(matrix.panels, outputs), None if matrix.bias is None else matrix.bias[
+            outputs
+        ]
+    outputs = outputs.to(linear.weight.device)
+    return linear.weight[outputs], None if linear.bias is None else linear.bias[outputs]
+
+
 def _layer(model: Llama, layer: nn.Module) -> Probe:
     """A layer as a whole, and the final norm; a cache that gives back the queries."""
-    weight = model.model.embed_tokens.weight
+    weight = model.model.norm.weight
 
     def run(hidden: Tensor, positions: Tensor) -> list[Tensor]:
         found: list[Tensor] = []

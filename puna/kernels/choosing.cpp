@@ -480,7 +480,7 @@ template <class A, class M> void choose(Row& row, long V) {
 template <class A, class M> void choose_all(Row* rows, int count, long V, int threads) {
     double work = 0;  // tokens, one at which is only looked counted as one
     for (int i = 0; i < count; ++i) work += V * (rows[i].top >= 0 || rows[i].temperature > 0 ? 8.0 : 1.0);
-    for_each(count, work > 3e5 ? threads : 1, [&](int i) { choose<A, M>(rows[i], V); });
+    for_each(count, work > 3e5 * least() ? threads : 1, [&](int i) { choose<A, M>(rows[i], V); });
 }
 
 }  // namespace

@@ -12,10 +12,12 @@ import shlex
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,12 +49,22 @@ class Library:
 def load(name: str) -> Library:
     """`<name>.cpp` of this directory, compiled for this very processor; once per process.
 
-    It spreads its work over the threads that torch has.
+    It spreads its work over the threads that torch has, by way of `team.cpp` where that has them at hand.
     """
     library = compiled(Path(__file__).with_name(f"{name}.cpp"), default_compiler(), cache_directory())
     if library.functions is not None:
-        library.functions.use_threads(ctypes.c_void_p(openmp_fork()))
+        library.functions.use_threads(*_threads(name))
+        if sys.platform != "win32":  # a child has none of the threads, and would wait for them
+            os.register_at_fork(after_in_child=partial(library.functions.use_threads, None, None, None))
     return library
+
+
+def _threads(name: str) -> Sequence[ctypes.c_void_p | None]:
+    """How a library gets threads: `fork_threads`, `leads` and `with_team` of threads.hpp."""
+    team = None if name == "team" else load("team").functions
+    if team is None:
+        return ctypes.c_void_p(openmp_fork()), None, None
+    return [ctypes.cast(call, ctypes.c_void_p) for call in (team.share, team.leads, team.with_team)]
 
 
 def must_compile() -> bool:

@@ -1,4 +1,4 @@
-"""The C++ attention over blocks: its call from Python, and which attention a device gets."""
+"""The C++ attention over blocks: its call from Python and for other kernels, and which a device gets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from puna.kernels.pages import Attend, Pages, Step
 NO_WINDOW = 2**31 - 1
 
 
-class _Pages(ctypes.Structure):
+class DescribedPages(ctypes.Structure):
+    """A layer's pages as C++ reads them, by addresses: the tensors must outlive it."""
+
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
         *((name, ctypes.c_int32) for name in ("kv_heads", "width", "padded")),
@@ -53,29 +55,35 @@ def attention_on(device: torch.device) -> Kernel:
     return Kernel(lambda pages, dtype: native(pages, dtype, library))
 
 
-def native(pages: Pages, dtype: torch.dtype, library: Library | None = None) -> Attend:
-    """Attention in C++, on as many threads as torch has; `dtype` is that of q, k, v and the result."""
-    functions = (library or load("paged_attention")).functions
-    assert functions is not None
+def attend_entry(functions: ctypes.CDLL, pages: Pages, dtype: torch.dtype) -> Callable[..., None]:
+    """The library's attention over such pages; `dtype` is that of q, k, v and the result."""
     suffix = "_int8" if pages.keys.dtype == torch.int8 else ""
     call = functions[f"attend_{NAMES[dtype]}{suffix}"]
     call.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int32]
     call.restype = None
+    return call
+
+
+def described(pages: Pages) -> DescribedPages:
+    """What attention reads of a layer's pages."""
+    tensors = pages.keys, pages.values, pages.key_scales, pages.value_scales
+    addresses = (None if x is None else x.data_ptr() for x in tensors)
     _, K, H, _ = pages.keys.shape
-    held = _Pages(
-        *(None if x is None else x.data_ptr() for x in (pages.keys, pages.values)),
-        *(None if x is None else x.data_ptr() for x in (pages.key_scales, pages.value_scales)),
-        K,
-        H,
-        pages.values.shape[-1],
-    )
+    return DescribedPages(*addresses, K, H, pages.values.shape[-1])
+
+
+def native(pages: Pages, dtype: torch.dtype, library: Library | None = None) -> Attend:
+    """Attention in C++, on as many threads as torch has; `dtype` is that of q, k, v and the result."""
+    functions = (library or load("paged_attention")).functions
+    assert functions is not None
+    call, held = attend_entry(functions, pages, dtype), described(pages)
     where = ctypes.addressof(held)
 
     def attend(step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         assert q.dtype == k.dtype == v.dtype == dtype and q.shape[:2] == (1, step.rows)
         out = torch.empty_like(q)
-        prepared = _prepared(step)  # held until the call returns: another thread may have the next one made
+        prepared = prepare(step)  # held until the call returns: another thread may have the next one made
         call(where, prepared.address, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), q.shape[2])
         return out
 
@@ -85,7 +93,7 @@ def native(pages: Pages, dtype: torch.dtype, library: Library | None = None) -> 
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """A step as the library reads it, and the arrays that it leads to."""
 
     address: int
@@ -93,7 +101,7 @@ class _Prepared:
 
 
 @lru_cache(maxsize=1)
-def _prepared(step: Step) -> _Prepared:
+def prepare(step: Step) -> Prepared:
     """Made once for all layers."""
     offsets = [0, *accumulate(len(table) for table in step.tables)]
     flat = [block for table in step.tables for block in table]
@@ -101,4 +109,4 @@ def _prepared(step: Step) -> _Prepared:
     pointers = [ctypes.cast(x.buffer_info()[0], ctypes.POINTER(ctypes.c_int32)) for x in arrays]
     window = NO_WINDOW if step.window is None else min(step.window, NO_WINDOW)
     held = _Step(*pointers, len(step.counts), step.rows, window, torch.get_num_threads())
-    return _Prepared(ctypes.addressof(held), (held, *arrays))
+    return Prepared(ctypes.addressof(held), (held, *arrays))

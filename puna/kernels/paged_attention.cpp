@@ -298,7 +298,7 @@ template <class A, class S, class M> struct Call {
 
     void run() {
         plan();
-        const int threads = work > 2.5e5 + 2e4 * step.threads ? step.threads : 1;
+        const int threads = work > (2.5e5 + 2e4 * step.threads) * least() ? step.threads : 1;
         const int items = int(parts.size()) * shape.K;
         const bool split = threads > items && longest_spans > 1;
         if (!whole || split)

@@ -15,6 +15,7 @@
 #include <immintrin.h>
 #endif
 
+#include "matrix.hpp"
 #include "threads.hpp"
 #include "vectors.hpp"
 
@@ -67,8 +68,8 @@ template <class M> struct Product {
     const M* x;          // (R, I)
     const void* panels;  // (O / WIDTH rounded up, I / INPUTS, WIDTH, INPUTS)
     const M* bias;       // (O,) or null
-    M* out;              // (R, O)
-    int64_t rows, inputs, outputs;
+    M* out;              // (R, O), rows lie out_stride apart
+    int64_t rows, inputs, outputs, out_stride;
     int32_t threads;
 };
 
@@ -162,7 +163,7 @@ private:
         if (call.bias)
             for (long o = 0; o < count; ++o) sums[o] += widen(call.bias[output + o]);
         alignas(64) M small[WIDTH];
-        M* to = call.out + row * call.outputs + output;
+        M* to = call.out + row * call.out_stride + output;
         M* direct = count == WIDTH ? to : small;
         for (int o = 0; o < WIDTH; o += LANES<float>) store_narrow(direct + o, load<float>(sums + o));
         if (direct == small) std::copy(small, small + count, to);
@@ -180,7 +181,7 @@ template <class M> void multiply(const Product<M>& call) {
     const long chunk = std::max(1L, std::min(CHUNK / bytes, panels / (8 * call.threads)));
     const long chunks = (panels + chunk - 1) / chunk;
     for_each(int(blocks), blocks > 4 ? call.threads : 1, [&](int which) { work.turn(which); });
-    const bool little = double(call.inputs) * call.outputs * std::max<int64_t>(call.rows, 4) < LITTLE;
+    const bool little = double(call.inputs) * call.outputs * std::max<int64_t>(call.rows, 4) < LITTLE * least();
     const int pieces = int(chunks * groups);
     for_each(pieces, little ? 1 : call.threads, [&](int which) {
         const int piece = pieces - 1 - which;  // memory is read upwards
@@ -211,8 +212,27 @@ template <class Word> void fill(const Word* from, Word* to, long rows, long step
     });
 }
 
+// Some rows of the matrix, by their numbers: (count, steps). False where one is not a row of it.
+template <class Word>
+bool gather(const Word* panels, const int64_t* which, Word* to, long count, long rows, long steps) {
+    for (long at = 0; at < count; ++at, to += steps) {
+        if (which[at] < 0 || which[at] >= rows) return false;
+        const Word* from = panels + which[at] / WIDTH * steps * WIDTH + which[at] % WIDTH;
+        for (long step = 0; step < steps; ++step) to[step] = from[step * WIDTH];
+    }
+    return true;
+}
+
 }  // namespace
 
+extern "C" bool gather_16(const uint16_t* panels, const int64_t* which, uint16_t* to, int64_t count, int64_t rows,
+                          int64_t steps) {
+    return gather(panels, which, to, count, rows, steps);
+}
+extern "C" bool gather_32(const uint32_t* panels, const int64_t* which, uint32_t* to, int64_t count, int64_t rows,
+                          int64_t steps) {
+    return gather(panels, which, to, count, rows, steps);
+}
 extern "C" void fill_16(const uint16_t* from, uint16_t* to, int64_t rows, int64_t steps, int32_t threads) {
     fill(from, to, rows, steps, threads);
 }
@@ -220,10 +240,12 @@ extern "C" void fill_32(const uint32_t* from, uint32_t* to, int64_t rows, int64_
     fill(from, to, rows, steps, threads);
 }
 
-#define ENTRY(name, M)                                                                                \
-    extern "C" void name(const M* x, const void* panels, const M* bias, M* out, int64_t rows,         \
-                         int64_t inputs, int64_t outputs, int32_t threads) {                          \
-        multiply<M>({x, panels, bias, out, rows, inputs, outputs, threads});                          \
+#define ENTRY(name, M)                                                                                    \
+    extern "C" void name(const Matrix* matrix, const void* x, void* out, int64_t rows, int64_t out_stride, \
+                         int32_t threads) {                                                               \
+        const auto *from = static_cast<const M*>(x), *bias = static_cast<const M*>(matrix->bias);         \
+        multiply<M>({from, matrix->panels, bias, static_cast<M*>(out), rows, matrix->inputs,              \
+                     matrix->outputs, out_stride, threads});                                              \
     }
 
 ENTRY(multiply_float32, float)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from puna.kernels.library import NAMES, load
+from puna.kernels.products import Call, described, entry
 
 WIDTH = 32
 HUGE = 1 << 21  # bytes of a large page
@@ -35,9 +36,6 @@ _PAIR = {
     torch.float64: torch.complex128,
 }
 """A type as wide as two numbers."""
-
-Call = Callable[[int, int, int | None, int, int, int, int, int], None]
-"""Addresses of rows, panels, bias and results; R, I, O; threads."""
 
 
 def suits(weight: Tensor) -> bool:
@@ -53,7 +51,7 @@ def into_panels(*weights: Tensor) -> Tensor:
     first = weights[0]
     n, inputs = INPUTS[first.dtype], first.shape[1]
     count, steps = sum(-(-len(weight) // WIDTH) for weight in weights), inputs // n
-    panels = _empty((count, steps, WIDTH, n), first.dtype, first.device)
+    panels = empty((count, steps, WIDTH, n), first.dtype, first.device)
     places = _words(panels)
     for weight in weights:
         words = _words(weight.unflatten(1, (-1, n))).contiguous()  # (O, I/n)
@@ -89,7 +87,19 @@ def out_of_panels(panels: Tensor, outputs: int) -> Tensor:
 
 def outputs_of(panels: Tensor, which: Tensor) -> Tensor:
     """Some rows (…, I) of the matrix, by their numbers (…)."""
-    return _words(panels)[which // WIDTH, :, which % WIDTH].view(panels.dtype)
+    call = _gatherers().get(panels.itemsize * panels.shape[3]) if panels.device.type == "cpu" else None
+    if call is not None and which.dtype == torch.int64 and panels.is_contiguous() and which.is_contiguous():
+        count, steps = panels.shape[:2]
+        found = panels.new_empty(*which.shape, steps * panels.shape[3])
+        addresses = panels.data_ptr(), which.data_ptr(), found.data_ptr()
+        if call(*addresses, which.numel(), count * WIDTH, steps):
+            return found
+    return plain_outputs_of(panels, which)
+
+
+def plain_outputs_of(panels: Tensor, which: Tensor) -> Tensor:
+    """The same in plain torch."""
+    return _words(panels)[which // WIDTH, :, which % WIDTH].contiguous().view(panels.dtype)
 
 
 def _words(x: Tensor) -> Tensor:
@@ -138,18 +148,19 @@ def _product(x: Tensor, panels: Tensor, bias: Tensor | None, outputs: int) -> Te
     *some, inputs = x.shape
     assert inputs == panels.shape[1] * panels.shape[3] and panels.is_contiguous()
     out = x.new_empty(*some, outputs)
-    told = None if bias is None else bias.data_ptr()
+    matrix = described(panels, None, bias, inputs, outputs, inputs)
     rows, threads = x.numel() // inputs, torch.get_num_threads()
-    call(x.data_ptr(), panels.data_ptr(), told, out.data_ptr(), rows, inputs, outputs, threads)
+    call(ctypes.addressof(matrix), x.data_ptr(), out.data_ptr(), rows, outputs, threads)
     return out
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory; on Linux in pages of 2 MiB as far as they go: a thread alone reads them a third faster."""
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or sys.platform != "linux" or size < HUGE:
         return torch.empty(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size + HUGE)
+    # Private: what could be shared with another process is never given large pages by most systems.
+    memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     begin = -whole.data_ptr() % HUGE
     with contextlib.suppress(OSError):  # a system that is built without them
@@ -169,14 +180,22 @@ def _filler(words: Tensor) -> Callable[[int, int, int, int, int], None] | None:
 
 
 @cache
+def _gatherers() -> Mapping[int, Callable[[int, int, int, int, int, int], bool]]:
+    """The compiled `plain_outputs_of`, by the bytes of a word."""
+    functions = load("panels").functions
+    if functions is None:
+        return {}
+    calls = {}
+    for size in (2, 4):
+        calls[size] = call = functions[f"gather_{8 * size}"]
+        call.argtypes, call.restype = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3, ctypes.c_bool
+    return calls
+
+
+@cache
 def _calls() -> Mapping[torch.dtype, Call]:
     """The compiled product of each number type; empty where nothing can be compiled."""
     functions = load("panels").functions
     if functions is None:
         return {}
-    calls: dict[torch.dtype, Call] = {}
-    for dtype in INPUTS:
-        calls[dtype] = call = functions[f"multiply_{NAMES[dtype]}"]
-        call.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3 + [ctypes.c_int32]
-        call.restype = None
-    return calls
+    return {dtype: entry(functions, f"multiply_{NAMES[dtype]}") for dtype in INPUTS}

@@ -37,7 +37,7 @@ template <class M> inline Vec<float> rounded_to(Vec<float> x) {
 }
 
 template <class Work> void for_rows(long rows, long width, int threads, const Work& work) {
-    for_each(int(rows), double(rows) * width < LITTLE ? 1 : threads, work);
+    for_each(int(rows), double(rows) * width < LITTLE * least() ? 1 : threads, work);
 }
 
 // x / √(mean(x²) + ε) · weight

@@ -5,13 +5,18 @@
 #pragma once
 
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <memory>
 
 namespace {
 
-using Fork = void (*)(void (*)(void*), void*, unsigned, unsigned);
-Fork fork_threads = nullptr;  // GOMP_parallel of the runtime that torch has loaded: one pool for both
+using Run = void (*)(void*);
+using Fork = void (*)(Run, void*, unsigned, unsigned);
+using WithTeam = void (*)(Run, void*, int32_t);
+Fork fork_threads = nullptr;  // GOMP_parallel of the runtime that torch has loaded, or a team of its threads
+bool (*leads)() = nullptr;    // whether this thread has such a team: team.cpp
+WithTeam with_team = nullptr;
 
 template <class Work> struct Queue {
     std::atomic<int> taken{0};
@@ -24,13 +29,16 @@ template <class Work> struct Queue {
 };
 
 // work(i) of every i < size, the last first: where some take longer, they belong there, or would be waited
-// for. Waking a team costs microseconds, more for a large one, so little work is for 1 thread; but the size of
-// a team never changes, since that would make the runtime end threads and start others.
+// for. Waking threads costs microseconds, more where they are many, so little work is for 1 thread; but their
+// number never changes, since that would make the runtime end some and start others.
 template <class Work> void for_each(int size, int threads, const Work& work) {
     Queue<Work> queue{{}, size, work};
     if (threads > 1 && size > 1 && fork_threads) fork_threads(Queue<Work>::run, &queue, unsigned(threads), 0);
     else Queue<Work>::run(&queue);
 }
+
+// What work must exceed to be shared out, of what it must where threads have to be woken for it.
+inline double least() { return leads && leads() ? 1.0 / 16 : 1.0; }
 
 inline long rounded(long count, long by) { return (count + by - 1) / by * by; }
 
@@ -53,4 +61,8 @@ public:
 
 }  // namespace
 
-extern "C" void use_threads(void* fork) { fork_threads = reinterpret_cast<Fork>(fork); }
+extern "C" void use_threads(void* fork, void* leads, void* with_team) {
+    ::fork_threads = reinterpret_cast<Fork>(fork);
+    ::leads = reinterpret_cast<bool (*)()>(leads);
+    ::with_team = reinterpret_cast<WithTeam>(with_team);
+}

@@ -117,7 +117,10 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, kernel: Kernel) -> None:
         super().__init__()
         self.window = config.sliding_window
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=table)
+        if not table.is_meta:  # drawing numbers that are none makes torch import its compiler, for a second
+            self.embed_tokens.reset_parameters()
         self.layers = nn.ModuleList(Block(config, kernel) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rope = Rope(

@@ -5,7 +5,7 @@ Names are Hugging Face's; the rotary layout is half-split. A tied output project
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -79,8 +79,11 @@ def _linear(parent: str, matrices: dict[str, tuple[int, int]], bias: bool) -> di
 class Rewritten(Protocol):
     """A module that took the place of one of the model's, and keeps its tensors in another way."""
 
-    def plain(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors of the module that it stands for, by their names within it, as they were."""
+    def plain(self, rows: int | None = None) -> Iterator[tuple[str, Tensor | Packed]]:
+        """All tensors of the module that it stands for, by their names within it, as they were.
+
+        Of each matrix only so many rows, those of `spread`, where `rows` says how many.
+        """
         ...
 
 
@@ -92,32 +95,53 @@ def weights_of(model: Llama) -> Weights:
     return Weights(model.config, _plain(model))
 
 
-def _plain(model: Llama) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in _tensors(model, ""):
+def spread(count: int, rows: int) -> Tensor:
+    """The numbers of `rows` of `count` rows, evenly over all; of every one where there are no more.
+
+    >>> spread(10, 4)
+    tensor([0, 2, 5, 7])
+    """
+    taken = min(count, rows)
+    return torch.arange(taken) * count // max(1, taken)
+
+
+def sampled(model: Llama, rows: int) -> Iterator[tuple[str, Tensor | Packed]]:
+    """What tells two models apart without reading either whole: vectors, and `spread` rows of each matrix."""
+    return _plain(model, rows)
+
+
+def _plain(model: Llama, rows: int | None = None) -> Iterator[tuple[str, Tensor | Packed]]:
+    for name, value in _tensors(model, "", rows):
         if name != "lm_head.weight" or not model.config.tie_word_embeddings:
-            yield name, tensor.detach()
+            yield name, value if isinstance(value, Packed) else value.detach()
 
 
-def _tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _tensors(module: nn.Module, prefix: str, rows: int | None) -> Iterator[tuple[str, Tensor | Packed]]:
     if isinstance(module, Rewritten):
-        yield from ((prefix + name, tensor) for name, tensor in module.plain())
+        yield from ((prefix + name, tensor) for name, tensor in module.plain(rows))
         return
-    yield from module.named_parameters(prefix.removesuffix("."), recurse=False)
+    for name, tensor in module.named_parameters(prefix.removesuffix("."), recurse=False):
+        some = rows is not None and tensor.dim() > 1
+        yield name, tensor[spread(len(tensor), rows or 0).to(tensor.device)] if some else tensor
     for name, child in module.named_children():
-        yield from _tensors(child, f"{prefix}{name}.")
+        yield from _tensors(child, f"{prefix}{name}.", rows)
+
+
+Place = Callable[[Llama, str, Tensor | Packed], bool]
+"""Is offered a tensor of a model by name; True where it has put it there."""
 
 
 @torch.no_grad()
-def load_weights(model: Llama, weights: Weights) -> None:
+def load_weights(model: Llama, weights: Weights, place: Place | None = None) -> None:
     """Set every parameter of a model from weights of the same shapes.
 
     A parameter in memory is overwritten, keeping its type and device. A parameter on the meta device is
     replaced by the given tensor, in the parameter's type and on the tensor's device, copying only to change
-    the type. After an error the model is partly loaded.
+    the type. What `place` takes is its own affair. After an error the model is partly loaded.
 
     Raises:
-        ModelError: a name is unknown, missing or repeated, a shape differs, or a tensor is packed; or the
-            model was rewritten.
+        ModelError: a name is unknown, missing or repeated, a shape differs, or a tensor is packed and nothing
+            takes it; or the model was rewritten.
     """
     if any(isinstance(module, Rewritten) for module in model.modules()):
         raise ModelError("weights cannot be put into a packed model; unpack it first, or load another one")
@@ -127,12 +151,14 @@ def load_weights(model: Llama, weights: Weights) -> None:
         if name not in missing:
             raise ModelError(_not_expected(name, expected))
         del missing[name]
-        _set(model, name, _checked(name, tensor, expected[name]))
+        _check_shape(name, tensor, expected[name])
+        if place is None or not place(model, name, tensor):
+            _set(model, name, _not_packed(name, tensor))
     if missing:
         first = next(iter(missing))
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
         raise ModelError(f"the weights lack {first}{others}, which a model of this config has")
-    if model.config.tie_word_embeddings:
+    if model.config.tie_word_embeddings and type(model.model.embed_tokens) is nn.Embedding:
         model.lm_head.weight = model.model.embed_tokens.weight  # an adopted embedding is a new parameter
 
 
@@ -146,11 +172,14 @@ def _set(model: Llama, name: str, tensor: Tensor) -> None:
         parameter.copy_(tensor)
 
 
-def _checked(name: str, tensor: Tensor | Packed, shape: tuple[int, ...]) -> Tensor:
-    if isinstance(tensor, Packed):
-        raise ModelError(f"{name} is packed as {tensor.scheme}, expected plain numbers; unpack it first")
+def _check_shape(name: str, tensor: Tensor | Packed, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise ModelError(f"{name} has shape {tuple(tensor.shape)}, expected {shape} by the config")
+
+
+def _not_packed(name: str, tensor: Tensor | Packed) -> Tensor:
+    if isinstance(tensor, Packed):
+        raise ModelError(f"{name} is packed as {tensor.scheme}, expected plain numbers; unpack it first")
     return tensor
 
 

@@ -16,6 +16,12 @@ HELD, FROM_FILE = np.uint64(0b11 << 62), np.uint64(1 << 61)  # present or swappe
 DONT_NEED = 4  # MADV_DONTNEED
 
 
+def trim() -> None:
+    """Give the system back what was freed: the C library keeps what lies between blocks in use."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def release(tensor: Tensor) -> None:
     """Let go of the pages that only repeat a file; they are read again if anybody looks at them.
 

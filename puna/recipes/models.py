@@ -23,6 +23,7 @@ class ModelChoice:
     revision: str | None = None
     cache_dir: Path | None = None
     tokenizer: Path | None = None
+    quantize: str | None = None
 
     def source(self) -> formats.Source:
         """The model, opened; no tensor read.
@@ -44,6 +45,7 @@ class ModelChoice:
             self.name,
             device=device,
             dtype=dtype,
+            quantize=self.quantize,
             tokenizer=self.tokenizer,
             revision=self.revision,
             cache_dir=self.cache_dir,

@@ -16,7 +16,7 @@ from puna.serve.state import ServerState
 def model_facts(state: ServerState) -> dict[str, Any]:
     """Of the model and the engine, as `/status` has them; `cache_bytes` are those that the positions take."""
     llm, settings = state.llm, state.llm.engine_settings
-    dtype = llm.model.model.embed_tokens.weight.dtype
+    dtype = llm.dtype
     positions = state.worker.load.blocks * BLOCK
     each = bytes_per_position(llm.config, dtype, settings.cache_dtype == "int8")
     return {

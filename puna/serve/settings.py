@@ -15,6 +15,7 @@ OPTIONS = (
     "tokenizer",
     "device",
     "dtype",
+    "quantize",
     "revision",
     "cache_dir",
 )  # of the command line: they choose a model

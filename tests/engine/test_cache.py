@@ -174,7 +174,7 @@ def test_a_position_takes_what_is_told() -> None:
     assert bytes_per_position(config, torch.bfloat16) == 3 * 2 * (50 + 64) * 2
     assert bytes_per_position(config, torch.bfloat16, True) == 3 * 2 * (50 + 64 + 8)
     assert cache.bytes == 5 * 64 * 3 * 2 * (50 + 64) * 2
-    assert cache.bytes == sum(x.nbytes for page in cache._pages for x in (page.keys, page.values))
+    assert cache.bytes == sum(x.nbytes for page in cache.pages for x in (page.keys, page.values))
 
 
 def test_memory_is_taken_when_it_is_used() -> None:

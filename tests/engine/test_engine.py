@@ -125,7 +125,7 @@ def test_what_fails_ends_with_its_error_and_harms_no_other(llm: LLM, monkeypatch
     engine = llm.engine
     compute = engine._hidden
 
-    def faulty(parts: list[Any]) -> torch.Tensor:
+    def faulty(parts: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         if any(part.sequence.prompt[-1] == 7 for part in parts):
             raise RuntimeError("a fault")
         return compute(parts)

@@ -331,7 +331,7 @@ def test_load_takes_another_tokenizer_and_a_run_directory(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"quantize": "int8"}, "no quantization scheme is available"),
+        ({"quantize": "gptq"}, "calibrated with text"),
         ({"dtype": "float31"}, "Did you mean"),
         ({"device": "gpu"}, "device must be one of"),
         ({"path": "nowhere"}, "no such file or directory"),

@@ -49,6 +49,10 @@ def test_the_matrix_comes_back_bit_for_bit(outputs: int, inputs: int, dtype: tor
     assert torch.equal(panels.into_panels(weight.t().contiguous().t()), packed)
     which = torch.randint(outputs, (2, 3), generator=torch.Generator().manual_seed(1))
     assert torch.equal(panels.outputs_of(packed, which), weight[which])
+    assert torch.equal(panels.plain_outputs_of(packed, which), weight[which])
+    assert torch.equal(panels.outputs_of(packed, which.t().int()), weight[which.t()])
+    with pytest.raises(IndexError):
+        panels.outputs_of(packed, torch.tensor([10**6]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,19 @@ import torch
 from torch import Tensor, nn
 
 import puna
+from puna.engine.fingerprint import fingerprint
 from puna.engine.llm import LLM
 from puna.errors import ModelError
 from puna.kernels.library import load
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
-from puna.model.weights import Weights, load_weights, weights_of
+from puna.model.weights import Packed, Weights, load_weights, weights_of
+from puna.quantize.codes import expand
+from puna.quantize.loading import load_quantized
 from puna.quantize.packed import PackedEmbedding, PackedLinear
-from puna.quantize.packing import is_packed, pack, unpack
+from puna.quantize.packing import is_packed, pack, schemes, unpack
 from puna.quantize.release import release
+from puna.quantize.schemes import Format, quantized
 from tests.model.shapes import CONFIGS, ids_of, model_of
 
 pytestmark = pytest.mark.skipif(load("panels").functions is None, reason=load("panels").fault)
@@ -79,7 +84,9 @@ def test_a_tied_matrix_is_held_once() -> None:
     before = sum(parameter.nbytes for parameter in model.parameters())
     pack(model)
     assert type(model.model.embed_tokens) is PackedEmbedding
-    assert model.model.embed_tokens.weight is model.lm_head.weight
+    embedding, head = model.model.get_submodule("embed_tokens"), model.get_submodule("lm_head")
+    assert isinstance(embedding, PackedEmbedding) and isinstance(head, PackedLinear)
+    assert embedding.matrix.panels is head.matrices()[0].panels
     assert sum(parameter.nbytes for parameter in model.parameters()) == pytest.approx(before, rel=0.2)
     unpack(model)
     assert model.model.embed_tokens.weight is model.lm_head.weight
@@ -115,7 +122,7 @@ def test_an_unpacked_model_learns_again() -> None:
     model, ids = model_of(CONFIGS["tied"]), ids_of(CONFIGS["tied"], 2, 9)
     reference = copy.deepcopy(model)
     pack(model)
-    assert not model.lm_head.weight.requires_grad
+    assert not any(parameter.requires_grad for parameter in model.lm_head.parameters())
     unpack(model)
     for one in (model, reference):
         one(ids).square().mean().backward()
@@ -218,3 +225,139 @@ def test_pages_of_a_file_are_given_back_and_others_are_not(tmp_path: Path) -> No
 def resident() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+
+
+FORMATS = {
+    "int8": Format("int8", None, torch.float32),
+    "int8 by groups": Format("int8", 16, torch.float16),
+    "int4": Format("int4", 16, torch.float16),
+    "int4, bfloat16 scales": Format("int4", 8, torch.bfloat16),
+}
+
+
+def quantized_weights(config: ModelConfig, formats: dict[str, Format]) -> list[tuple[str, Tensor | Packed]]:
+    """Random weights, each matrix whose name ends so in its format; biases and norms as they are."""
+    found: list[tuple[str, Tensor | Packed]] = []
+    for name, tensor in tensors_of(model_of(config)).items():
+        chosen = next((each for end, each in formats.items() if name.endswith(f"{end}.weight")), None)
+        found.append((name, tensor if chosen is None else quantized(tensor, chosen)))
+    return found
+
+
+def quantized_model(
+    weights: list[tuple[str, Tensor | Packed]], config: ModelConfig, dtype: torch.dtype = torch.float32
+) -> Llama:
+    with torch.device("meta"):
+        model = Llama(config).to(dtype)
+    cast = ((name, x if isinstance(x, Packed) else x.to(dtype)) for name, x in weights)
+    load_quantized(model, Weights(config, cast))
+    return model.eval()
+
+
+def same(one: Iterable[tuple[str, Tensor | Packed]], other: Iterable[tuple[str, Tensor | Packed]]) -> bool:
+    """Whether names, schemes, types and every bit are equal."""
+    return list(map(bits, one)) == list(map(bits, other))
+
+
+def bits(pair: tuple[str, Tensor | Packed]) -> tuple[object, ...]:
+    name, value = pair
+    parts = (value,) if isinstance(value, Tensor) else (value.data, value.scales)
+    scheme = None if isinstance(value, Tensor) else (value.scheme, value.shape)
+    return name, scheme, [(x.dtype, x.shape, x.contiguous().view(torch.uint8).tolist()) for x in parts]
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("shape", ["grouped", "all at once"])
+def test_whole_numbers_come_back_bit_for_bit(shape: str, format: Format) -> None:
+    config = CONFIGS[shape]
+    weights = quantized_weights(config, dict.fromkeys(("proj", "embed_tokens", "lm_head"), format))
+    model = quantized_model(weights, config)
+    assert same(weights_of(model), weights)
+    pack(model)
+    assert not any(type(module) is nn.Linear for module in model.modules())
+    assert same(weights_of(model), weights)
+    unpack(model)
+    assert same(weights_of(model), weights) and is_packed(model)
+    pack(model)
+    assert same(weights_of(model), weights)
+    assert schemes(model) == [format.scheme]
+
+
+def test_products_are_joined_as_far_as_they_are_of_one_kind() -> None:
+    eight, four = FORMATS["int8"], FORMATS["int4"]
+    ends = {"q_proj": four, "k_proj": eight, "v_proj": eight, "gate_proj": four, "up_proj": four}
+    weights = quantized_weights(CONFIGS["all at once"], ends)
+    model, ids = quantized_model(weights, CONFIGS["all at once"]), ids_of(CONFIGS["all at once"], 2, 9)
+    before = model(ids)
+    pack(model)
+    layer = model.model.layers[0]
+    assert [matrix.kind for matrix in layer.self_attn.qkv.matrices()] == ["int4", "int8"]
+    assert [matrix.kind for matrix in layer.self_attn.o_proj.matrices()] == ["float32"]
+    assert [matrix.kind for matrix in layer.mlp.gate_up.matrices()] == ["int4"]
+    assert same(weights_of(model), weights)
+    assert (model(ids) - before).abs().max() < 0.02 * before.std()
+    unpack(model)
+    assert torch.equal(model(ids), before) and same(weights_of(model), weights)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_of_whole_numbers_gives_rows_of_the_models_type(tied: bool) -> None:
+    config = CONFIGS["tied" if tied else "grouped"]
+    weights = quantized_weights(config, {"embed_tokens": FORMATS["int4"]})
+    model = quantized_model(weights, config, torch.bfloat16)
+    table = dict(weights)["model.embed_tokens.weight"]
+    assert isinstance(table, Packed) and type(model.model.embed_tokens) is PackedEmbedding
+    ids = torch.tensor([[3, 95, 0]])
+    assert torch.equal(model.model.embed_tokens(ids), expand(table).bfloat16()[ids])
+    assert (type(model.lm_head) is PackedLinear) == tied
+    own = sum(part.nbytes for part in (table.data, table.scales) if part is not None)
+    assert sum(part.nbytes for part in model.model.embed_tokens.parameters()) == own
+    if tied:
+        shared = {id(parameter) for parameter in model.lm_head.parameters()}
+        assert shared == {id(parameter) for parameter in model.model.embed_tokens.parameters()}
+
+
+def test_what_was_frozen_before_takes_adapters_on_top() -> None:
+    """Gradients of a vector added before the last layer are those of the plain model."""
+    model, ids = model_of(CONFIGS["grouped"]).requires_grad_(False), ids_of(CONFIGS["grouped"], 2, 9)
+    reference = copy.deepcopy(model)
+    pack(model)
+    found = [gradient_of_added(each.train(), ids) for each in (model, reference)]
+    assert torch.allclose(*found, rtol=1e-3, atol=1e-5) and found[0].abs().min() > 0
+    unpack(model)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def gradient_of_added(model: Llama, ids: Tensor) -> Tensor:
+    added = torch.zeros(model.config.hidden_size, requires_grad=True)
+    handle = model.model.layers[0].register_forward_hook(lambda module, given, out: out + added)
+    model(ids).square().mean().backward()
+    handle.remove()
+    assert added.grad is not None
+    return added.grad
+
+
+def test_a_quantized_model_is_frozen_and_passes_gradients_on() -> None:
+    config, ids = CONFIGS["grouped"], ids_of(CONFIGS["grouped"], 2, 9)
+    weights = quantized_weights(config, dict.fromkeys(("proj", "lm_head"), FORMATS["int8 by groups"]))
+    model = quantized_model(weights, config).train()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        model(ids).sum().backward()  # nothing learns by mistake
+    plain = model_of(config).requires_grad_(False)
+    load_weights(plain, Weights(config, [(n, x if isinstance(x, Tensor) else expand(x)) for n, x in weights]))
+    ours, theirs = gradient_of_added(model, ids), gradient_of_added(plain, ids)
+    assert (ours - theirs).norm() < 0.05 * theirs.norm()
+
+
+def test_a_fingerprint_is_of_the_weights_packed_or_not() -> None:
+    config = CONFIGS["all at once"]
+    weights = quantized_weights(config, {"gate_proj": FORMATS["int4"], "v_proj": FORMATS["int8"]})
+    llm = LLM(quantized_model(weights, config))
+    before = fingerprint(llm)
+    llm.pack()
+    assert fingerprint(llm) == before
+    changed = dict(weights)["model.layers.1.mlp.gate_proj.weight"]
+    assert isinstance(changed, Packed)
+    changed.data[0, 0] ^= 1
+    assert fingerprint(LLM(quantized_model(weights, config))) != before

@@ -139,7 +139,7 @@ def test_what_runs_is_told_and_shown(llm: LLM, tmp_path: Path) -> None:
     state = state_of(llm, parse(ServeSettings, {}))
     facts = model_facts(state)
     blocks = llm.engine.load.blocks
-    each = bytes_per_position(llm.config, llm.model.model.embed_tokens.weight.dtype)
+    each = bytes_per_position(llm.config, llm.dtype)
     assert facts["cache_positions"] == blocks * BLOCK and facts["cache_bytes"] == blocks * BLOCK * each
     assert (facts["dtype"], facts["device"], facts["context"]) == ("float32", "cpu", 512)
     first, second = described(state, 0)

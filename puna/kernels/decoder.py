@@ -1,0 +1,216 @@
+"""The C++ pass through a packed model's layers: what it is told, and its call from Python.
+
+R rows of a step   C rows whose logits are wanted   P positions   D width
+F feed-forward width   N query heads   K key/value heads   H head width   V vocabulary
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from puna.kernels import matrix, native, rowwise
+from puna.kernels.library import NAMES, load
+from puna.kernels.matrix import Matrix
+from puna.kernels.pages import Pages, Step
+
+FEW = 32  # rows of which all layers are computed in one call; between two calls Ctrl-C is heard
+_POINTER, _COUNT, _THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """RMSNorm: its weight (D,) and ε."""
+
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer: products whose outputs stand side by side, norms, and the pages of its keys and values."""
+
+    input_norm: Norm
+    qkv: Sequence[Matrix]
+    o_proj: Sequence[Matrix]
+    pages: Pages
+    post_attention_norm: Norm
+    gate_up: Sequence[Matrix]
+    down_proj: Sequence[Matrix]
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """All that a model is after its embedding."""
+
+    layers: Sequence[Layer]
+    norm: Norm
+    head: Sequence[Matrix]
+    heads: tuple[int, int]
+    """N and K."""
+    head_dim: int
+
+
+class _Kernels(ctypes.Structure):
+    _fields_ = [(name, _POINTER) for name in ("norm", "turned", "attend", "gated")]
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [("weight", _POINTER), ("eps", ctypes.c_double)]
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [("matrix", _POINTER), ("multiply", _POINTER)]
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [("products", _POINTER), ("count", _COUNT), ("outputs", _COUNT)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("input_norm", _Norm),
+        ("qkv", _Linear),
+        ("o_proj", _Linear),
+        ("pages", _POINTER),
+        ("post_attention_norm", _Norm),
+        ("gate_up", _Linear),
+        ("down_proj", _Linear),
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        ("kernels", _Kernels),
+        ("layers", _POINTER),
+        ("norm", _Norm),
+        ("head", _Linear),
+        *((name, _COUNT) for name in "DFNKH"),
+    ]
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("x", "cos", "sin", "angles", "step", "hidden", "chosen", "logits")),
+        ("R", _COUNT),
+        ("C", _COUNT),
+        ("threads", _THREADS),
+    ]
+
+
+class Decoder:
+    """A model's layers and its output projection over the rows of a step.
+
+    Tensors are read where they lie: what is written into them counts, what takes their place does not.
+    """
+
+    def __init__(self, parts: Parts, dtype: torch.dtype, call: Callable[..., None], model: _Model) -> None:
+        """For `decoder` to make."""
+        self._parts, self._dtype, self._call, self._model = parts, dtype, call, model
+        self._outputs = sum(each.outputs for each in parts.head)
+
+    def __call__(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], which: list[int], step: Step, chosen: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states (R, D), normalised, and the logits (C, V) of the chosen rows.
+
+        x (R, D) holds the embedded rows, and something else afterwards; `which` says of each where its
+        cosines and sines stand in `angles`, (P, H) each; `step` says whose they are.
+        """
+        R, (cos, sin) = len(which), angles
+        assert x.is_contiguous() and x.dtype == self._dtype and len(x) == step.rows == R
+        assert cos.is_contiguous() and sin.is_contiguous() and min(which) >= 0 and max(which) < len(cos)
+        hidden, logits = torch.empty_like(x), x.new_empty(len(chosen), self._outputs)
+        turned, wanted = array("q", which), array("q", chosen)
+        prepared = native.prepare(step)  # held until the last call returns, as all above
+        rows = _Rows(
+            x.data_ptr(), cos.data_ptr(), sin.data_ptr(), turned.buffer_info()[0], prepared.address,
+            hidden.data_ptr(), wanted.buffer_info()[0], logits.data_ptr(), R, len(chosen),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        count = len(self._parts.layers)
+        each = count if R <= FEW else 1
+        for first in range(0, count, each):
+            last = first + each
+            self._call(ctypes.addressof(self._model), ctypes.addressof(rows), first, last, last == count)
+        return hidden, logits
+
+
+def decoder(parts: Parts, dtype: torch.dtype) -> Decoder | None:
+    """The compiled pass of a model whose rows are of this type; None where not all of it is compiled."""
+    functions, attention = load("decoder").functions, load("paged_attention").functions
+    rows, name = load("rowwise").functions, NAMES[dtype]
+    if functions is None or attention is None or rows is None or dtype not in rowwise.DTYPES:
+        return None
+    maker = _Maker(dtype)
+    try:
+        layers = (_Layer * len(parts.layers))(*map(maker.layer, parts.layers))
+        head = maker.linear(parts.head)
+    except LookupError:
+        return None
+    attend = native.attend_entry(attention, parts.layers[0].pages, dtype)
+    calls = rows[f"norm_{name}"], rows[f"turned_{name}"], attend, rows[f"gated_{name}"]
+    D, F = parts.layers[0].o_proj[0].outputs, parts.layers[0].down_proj[0].inputs
+    model = _Model(
+        _Kernels(*map(_address, calls)),
+        ctypes.addressof(layers),
+        maker.norm(parts.norm),
+        head,
+        *(D, F, *parts.heads, parts.head_dim),
+    )
+    model.held = (layers, *maker.held)  # only addresses are in it
+    call = functions[f"decode_{name}"]
+    call.argtypes, call.restype = [_POINTER, _POINTER, _COUNT, _COUNT, _THREADS], None
+    return Decoder(parts, dtype, call, model)
+
+
+class _Maker:
+    """Makes structures, and keeps what their addresses lead to."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.held = dtype, list[Any]()
+
+    def layer(self, layer: Layer) -> _Layer:
+        pages = native.described(layer.pages)
+        self.held.append(pages)
+        return _Layer(
+            self.norm(layer.input_norm),
+            self.linear(layer.qkv),
+            self.linear(layer.o_proj),
+            ctypes.addressof(pages),
+            self.norm(layer.post_attention_norm),
+            self.linear(layer.gate_up),
+            self.linear(layer.down_proj),
+        )
+
+    def norm(self, norm: Norm) -> _Norm:
+        return _Norm(norm.weight.data_ptr(), norm.eps)
+
+    def linear(self, matrices: Sequence[Matrix]) -> _Linear:
+        """Products side by side.
+
+        Raises:
+            LookupError: a matrix's product is not compiled.
+        """
+        products = (_Product * len(matrices))(*map(self.product, matrices))
+        self.held.append(products)
+        outputs = sum(each.outputs for each in matrices)
+        return _Linear(ctypes.addressof(products), len(matrices), outputs)
+
+    def product(self, one: Matrix) -> _Product:
+        call = matrix.compiled(one.kind, self.dtype)
+        if call is None:
+            raise LookupError(one.kind)
+        told = matrix.described(one)
+        self.held.append(told)
+        return _Product(ctypes.addressof(told), _address(call))
+
+
+def _address(call: Any) -> int | None:
+    return ctypes.cast(call, _POINTER).value
