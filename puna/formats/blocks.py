@@ -1,5 +1,8 @@
 """GGUF's blocks of low-bit weights, expanded: the bits that the `gguf` package gives, several times faster.
 
+Q8_0 and Q4_0 are whole numbers with a float16 scale, as int8 and int4 of `puna.quantize.codes` are; they are
+taken apart into these, and put together again, without going through floating point.
+
 A block is a run of bytes with 32 weights (256 in the K schemes) and their scales; `n` counts blocks. Products
 are formed in float32, in the order of the package, so that results are equal to the bit.
 """
@@ -11,6 +14,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from puna.model.weights import Packed
+from puna.quantize.codes import row_parts
+
+SIZE = 32  # weights of a block of q8_0 and q4_0
+APART = {"q8_0": "int8", "q4_0": "int4"}
+TOGETHER = {scheme: name for name, scheme in APART.items()}
 SCALES = {  # where the bytes of a block hold float16 numbers
     "q8_0": (0,),
     "q4_0": (0,),
@@ -27,6 +36,78 @@ _SUBBLOCKS = 8  # of 32 weights each in a block of 256
 def expand(scheme: str, blocks: Tensor) -> Tensor:
     """Blocks (n, bytes), uint8, as weights (n, 32) or (n, 256) in float32."""
     return _EXPAND[scheme](blocks)
+
+
+def apart(packed: Packed) -> Packed:
+    """Blocks of q8_0 or q4_0 as int8 or int4 in groups of 32, float16 scales; a copy."""
+    blocks = packed.data.unflatten(1, (packed.shape[1] // SIZE, -1))  # (rows, groups, 34 or 18)
+    scales = blocks[..., :2].contiguous().view(torch.float16)[..., 0]
+    bytes_ = torch.empty(*blocks.shape[:2], blocks.shape[2] - 2, dtype=torch.uint8)
+    for part in row_parts(packed.shape):
+        found = blocks[part, :, 2:]
+        bytes_[part] = found if packed.scheme == "q8_0" else _neighbours(_aligned(found))
+    data = bytes_.flatten(1)
+    data = data.view(torch.int8) if packed.scheme == "q8_0" else data
+    return Packed(APART[packed.scheme], data, scales, packed.shape)
+
+
+def together(packed: Packed) -> Packed | None:
+    """The inverse, of scales in any type; None where one is no float16 number."""
+    assert packed.scales is not None
+    half = packed.scales.to(torch.float16)
+    if not torch.equal(half.double(), packed.scales.double()):
+        return None
+    codes = packed.data.view(torch.uint8).unflatten(1, (packed.shape[1] // SIZE, -1))
+    blocks = torch.empty(*codes.shape[:2], codes.shape[2] + 2, dtype=torch.uint8)
+    blocks[..., :2] = half[..., None].view(torch.uint8)
+    for part in row_parts(packed.shape):
+        found = codes[part]
+        blocks[part, :, 2:] = found if packed.scheme == "int8" else _halves(_aligned(found))
+    return Packed(TOGETHER[packed.scheme], blocks.flatten(1), None, packed.shape)
+
+
+def _aligned(bytes_: Tensor) -> Tensor:
+    """A copy that can be viewed as whole words, wherever in a file the bytes began."""
+    return bytes_.clone(memory_format=torch.contiguous_format)
+
+
+def _neighbours(bytes_: Tensor) -> Tensor:
+    """Bytes (…, 16) of weights j and j + 16 as bytes (…, 16) of weights 2j and 2j + 1.
+
+    Eight bytes at once: of each two neighbours the low halves become one byte, the high halves another.
+    """
+    words = bytes_.view(torch.int64)  # (…, 2)
+    first = _gathered((words & _LOW) | (words >> 4 & _HIGH))
+    second = _gathered((words >> 4 & _LOW) | (words >> 8 & _HIGH))
+    halves = [half[..., 0] | half[..., 1] << 32 for half in (first, second)]
+    return torch.stack(halves, dim=-1).view(torch.uint8)
+
+
+def _halves(bytes_: Tensor) -> Tensor:
+    """Undo `_neighbours`."""
+    words = bytes_.view(torch.int64)  # (…, 2): the first and the second half of the weights
+    first, second = (_scattered(torch.stack([x, x >> 32], dim=-1)) for x in words.unbind(-1))
+    low = (first & _LOW) | (first & _HIGH) << 4
+    return (low | (second & _LOW) << 4 | (second & _HIGH) << 8).view(torch.uint8)
+
+
+_LOW, _HIGH, _BYTES, _PAIRS, _WORD = (  # of every 16 bits: 4, 4 and 8 of them; of every 32: 16; of 64: 32
+    *(0x000F000F000F000F, 0x00F000F000F000F0, 0x00FF00FF00FF00FF),
+    *(0x0000FFFF0000FFFF, 0x00000000FFFFFFFF),
+)
+
+
+def _gathered(words: Tensor) -> Tensor:
+    """The low byte of every 16 bits, next to each other in the low half of 64."""
+    words = (words | words >> 8) & _PAIRS
+    return (words | words >> 16) & _WORD
+
+
+def _scattered(words: Tensor) -> Tensor:
+    """Undo `_gathered`; the high half does not count."""
+    words = words & _WORD
+    words = (words | words << 16) & _PAIRS
+    return (words | words << 8) & _BYTES
 
 
 def _q8_0(blocks: Tensor) -> Tensor:

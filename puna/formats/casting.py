@@ -9,7 +9,7 @@ from torch import Tensor
 
 from puna.devices import DTYPES
 from puna.errors import ModelError
-from puna.formats.packed import INT8, WRITABLE, pack, plain
+from puna.formats.packed import WRITABLE, in_blocks, pack, plain, scales_are_finite
 from puna.model.weights import Packed, Weights, shapes
 
 Choice = Callable[[str, tuple[int, ...]], str | None]
@@ -39,12 +39,20 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
+def all_finite(value: Tensor | Packed) -> bool:
+    """Whether no number is NaN or infinite; of a packed matrix, no scale."""
+    return scales_are_finite(value) if isinstance(value, Packed) else is_finite(value)
+
+
 def _as(name: str, value: Tensor | Packed, kind: str | None) -> Tensor | Packed:
     if isinstance(value, Packed) and kind in (None, value.scheme):
         return value
+    same = in_blocks(value) if isinstance(value, Packed) else None
+    if same is not None and same.scheme == kind:  # rounding to blocks again might move numbers
+        return same
     tensor = plain(value)
     if kind is not None and kind not in DTYPES:
-        assert kind in WRITABLE and kind != INT8
+        assert kind in WRITABLE
         _check(name, tensor, tensor, kind)
         return pack(tensor, kind)
     target = tensor.dtype if kind is None else DTYPES[kind]

@@ -80,7 +80,7 @@ def convert(
     wanted, expanding = _wanted(source, to, settings or {})
     target = Path(os.path.realpath(destination))  # a link or ".." may lead to where the source lies
     _check_target(source, target, format, force)
-    training = _training(source)
+    said = provenance.read(source.path) or {}
     content, left_out = _content(source, tokenizer, weights_only)
     content, more = _without_obstacles(content, to, format, wanted, weights_only)
     with written_aside(target) as place:
@@ -90,7 +90,7 @@ def convert(
         written = _written(format, new, content, wanted, hashes, track, to)
         notes = (*source.notes, *expanding, *_told(content, format), *written)
         record = {
-            **provenance.record(hashes.written, content.config, content.tokenizer, training=training),
+            **provenance.record(hashes.written, content.config, content.tokenizer, **_kept(said)),
             "conversion": {
                 "format": to,
                 "settings": wanted.model_dump(mode="json", exclude_none=True),
@@ -246,9 +246,9 @@ def _told(content: Content, format: Format) -> list[str]:
     return notes
 
 
-def _training(source: Source) -> dict[str, Any] | None:
-    """What the run that made the source said of itself."""
-    return (provenance.read(source.path) or {}).get("training")
+def _kept(said: Mapping[str, Any]) -> dict[str, dict[str, Any] | None]:
+    """What the commands that made the source said of it, which its copy is as well."""
+    return {part: said.get(part) for part in ("training", "quantization")}
 
 
 def _about(

@@ -62,7 +62,7 @@ FORMATS = {
         obstacles=huggingface.obstacles,
         write=huggingface.write,
         is_directory=True,
-        takes_packed=False,
+        takes_packed=True,
     ),
     "meta": Format(
         description="a directory with params.json and consolidated.*.pth",

@@ -1,13 +1,15 @@
 """Low-bit matrices as files hold them, packed and expanded.
 
 GGUF's schemes keep blocks of 32 or 256 weights of a row with their scales in one run of bytes; the `gguf`
-package makes them, and blocks.py expands them. "int8" is llama2.c's: whole numbers, a float32 scale for each
-group of a row.
+package makes them, and blocks.py expands them. "int8", "int4" and "nf4" have codes and scales apart, as
+`puna.quantize.codes` tells; Q8_0 and Q4_0 are the same numbers in another order, and go there and back.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -16,15 +18,17 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import quantize
 from torch import Tensor
 
-from puna.formats.blocks import SCALES, expand
+from puna.formats import blocks
 from puna.model.weights import Packed, Weights
+from puna.quantize import codes
 
 BLOCKS = {
     name: gguf.GGMLQuantizationType[name.upper()]
     for name in ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 }
 WRITABLE = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1")  # the package expands the others, and does not make them
-INT8 = "int8"
+CODED = ("int8", "int4", "nf4")
+"""Schemes with codes and scales apart."""
 _CHUNK = 1 << 22  # weights packed at once, so that a large matrix needs no more than itself
 _EXPANDED = 1 << 19  # weights expanded at once: what lies between stays in the caches
 
@@ -36,17 +40,71 @@ def block_sizes(scheme: str) -> tuple[int, int]:
 
 def unpack(packed: Packed) -> Tensor:
     """The matrix in float32."""
-    if packed.scheme == INT8:
-        assert packed.scales is not None
-        groups = packed.data.unflatten(-1, (packed.scales.shape[-1], -1))  # (rows, groups, size)
-        return (groups * packed.scales[..., None]).flatten(-2).view(packed.shape)
+    if packed.scheme not in BLOCKS:
+        return codes.expand(packed)
     numbers, size = block_sizes(packed.scheme)
-    blocks = packed.data.reshape(-1, size)
-    out = torch.empty(blocks.shape[0], numbers)
-    for at in range(0, len(blocks), _EXPANDED // numbers):
+    data = packed.data.reshape(-1, size)
+    out = torch.empty(len(data), numbers)
+    for at in range(0, len(data), _EXPANDED // numbers):
         part = slice(at, at + _EXPANDED // numbers)
-        out[part] = expand(packed.scheme, blocks[part])
+        out[part] = blocks.expand(packed.scheme, data[part])
     return out.view(packed.shape)
+
+
+def canonical(packed: Packed) -> Packed | None:
+    """The same numbers with codes and scales apart: Q8_0 as int8, Q4_0 as int4; None of other blocks.
+
+    Nothing is rounded, and what has that form already is given back.
+    """
+    if packed.scheme not in BLOCKS:
+        return packed
+    return blocks.apart(packed) if packed.scheme in blocks.APART else None
+
+
+def in_blocks(packed: Packed) -> Packed | None:
+    """The inverse: int8 as Q8_0, int4 as Q4_0, bit for bit; None where no such blocks hold these numbers.
+
+    They hold float16 scales of 32 weights each; a scale of more weights is repeated.
+    """
+    form = canonical(packed)
+    if form is None or form.scheme not in blocks.TOGETHER or form.shape[1] % blocks.SIZE:
+        return None
+    finer = in_groups_of(form, blocks.SIZE)
+    return None if finer is None else blocks.together(finer)
+
+
+def in_groups_of(packed: Packed, group: int) -> Packed | None:
+    """Codes with each scale repeated, so that it is of `group` weights; None where it is of fewer."""
+    assert packed.scales is not None
+    size = packed.shape[1] // packed.scales.shape[1]
+    if size % group:
+        return None
+    return replace(packed, scales=packed.scales.repeat_interleave(size // group, dim=1))
+
+
+def half_steps(packed: Packed) -> Tensor:
+    """Of each row of codes the root of the sum over its weights of half a step, squared: (rows,) in float64.
+
+    No weight is rounded to nearest by more; the levels of nf4 are 0.3 of a scale apart at most.
+    """
+    assert packed.scales is not None
+    widest = (codes.NF4[1:] - codes.NF4[:-1]).max().item() if packed.scheme == "nf4" else 1.0
+    size = packed.shape[1] // packed.scales.shape[1]
+    return torch.linalg.vector_norm(packed.scales.double(), dim=1) * (math.sqrt(size) * widest / 2)
+
+
+def described(packed: Packed) -> str:
+    """In words: "int8 per channel with float32 scales"."""
+    if packed.scales is None:
+        return packed.scheme
+    kind = str(packed.scales.dtype).removeprefix("torch.")
+    return in_words(packed.scheme, packed.shape[1], packed.scales.shape[1], kind)
+
+
+def in_words(scheme: str, columns: int, groups: int, scales: str) -> str:
+    """The same of a matrix that is not at hand."""
+    where = "per channel" if groups == 1 else f"in groups of {columns // groups}"
+    return f"{scheme} {where} with {scales} scales"
 
 
 def pack(tensor: Tensor, scheme: str) -> Packed:
@@ -61,32 +119,25 @@ def pack(tensor: Tensor, scheme: str) -> Packed:
     return Packed(scheme, data, None, (rows, columns))
 
 
-def pack_int8(tensor: Tensor, group: int) -> Packed:
-    """A matrix (rows, columns) as llama2.c's version 2 has it; columns must be a multiple of `group`.
-
-    Symmetric: a group's scale is its largest magnitude / 127.
-    """
-    rows, columns = tensor.shape
-    data, scales = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, columns // group)
-    step = max(1, _CHUNK // columns)
-    for at in range(0, rows, step):
-        groups = tensor[at : at + step].float().unflatten(-1, (-1, group))  # (step, groups, group)
-        scales[at : at + step] = part = groups.abs().amax(dim=-1) / 127
-        whole = groups / part.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
-        data[at : at + step] = whole.round().flatten(-2)
-    return Packed(INT8, data, scales, (rows, columns))
-
-
 def scales_are_finite(packed: Packed) -> bool:
     """Whether no block expands to NaN or infinite numbers; without expanding it."""
     if packed.scales is not None:
         return bool(torch.isfinite(packed.scales).all())
     _, size = block_sizes(packed.scheme)
-    blocks = packed.data.view(-1, size)
+    data = packed.data.view(-1, size)
     return all(
-        bool(torch.isfinite(blocks[:, at : at + 2].contiguous().view(torch.float16)).all())
-        for at in SCALES[packed.scheme]
+        bool(torch.isfinite(data[:, at : at + 2].contiguous().view(torch.float16)).all())
+        for at in blocks.SCALES[packed.scheme]
     )
+
+
+def same_numbers(first: Tensor | Packed, second: Tensor | Packed) -> bool:
+    """Whether two matrices of one shape are equal; in codes and scales, where both are packed."""
+    if not isinstance(first, Packed) or not isinstance(second, Packed):
+        return torch.equal(plain(first), plain(second))
+    if first.scheme != second.scheme or first.scales is None or second.scales is None:
+        return first.scheme == second.scheme and torch.equal(first.data, second.data)
+    return torch.equal(first.data, second.data) and torch.equal(first.scales, second.scales)
 
 
 def plain(value: Tensor | Packed) -> Tensor:

@@ -12,43 +12,61 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from puna import __version__
 from puna.errors import ModelError
 from puna.formats.huggingface.safetensors_writer import payload
 from puna.formats.json_files import read_object, write_object
+from puna.formats.packed import canonical
 from puna.model.config import ModelConfig
 from puna.model.weights import Packed, Weights
 from puna.tokenizer.tokenizer import Tokenizer
 
 NAME = "puna.json"
 FORMAT_VERSION = 1
+_OBJECTS = ("model", "training", "quantization")
 
 
 @dataclass
 class PayloadHash:
-    """SHA-256 over every tensor's name, type, shape and bytes (little-endian, by rows), in order of name."""
+    """SHA-256 over every tensor's name, type, shape and bytes (little-endian, by rows), in order of name.
+
+    Q8_0 and Q4_0 count as the int8 and int4 that they are: a matrix has one hash in whatever file it lies.
+    """
 
     lines: dict[str, str] = field(default_factory=dict)
     stored: Counter[str] = field(default_factory=Counter)
 
     def add(self, name: str, value: Tensor | Packed) -> None:
-        """Take in one tensor; of a packed one, the blocks as they are."""
+        """Take in one tensor; of other blocks than those, the bytes as they are."""
         digest = hashlib.sha256()
+        self.stored[kind_of(value)] += 1
         if isinstance(value, Packed):
-            kind = value.scheme
+            value = canonical(value) or value
             digest.update(payload(value.data))
             digest.update(b"" if value.scales is None else payload(value.scales))
         else:
-            kind = str(value.dtype).removeprefix("torch.")
             digest.update(payload(value))
-        self.stored[kind] += 1
+        kind = _kind_in_hash(value)
         self.lines[name] = f"{name} {kind} {list(value.shape)} {digest.hexdigest()}\n"
 
     def hexdigest(self) -> str:
         """The hash of what was taken in so far."""
         return hashlib.sha256("".join(self.lines[name] for name in sorted(self.lines)).encode()).hexdigest()
+
+
+def kind_of(value: Tensor | Packed) -> str:
+    """The type of a tensor, or its scheme."""
+    return value.scheme if isinstance(value, Packed) else str(value.dtype).removeprefix("torch.")
+
+
+def _kind_in_hash(value: Tensor | Packed) -> str:
+    """The same with the type of the scales, since different ones may have equal bytes."""
+    if isinstance(value, Packed) and value.scales is not None and value.scales.dtype != torch.float32:
+        return f"{value.scheme} {str(value.scales.dtype).removeprefix('torch.')}"
+    return kind_of(value)
 
 
 def payload_hash(weights: Weights) -> str:
@@ -66,8 +84,9 @@ def record(
     *,
     source: Any = None,
     training: dict[str, Any] | None = None,
+    quantization: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What puna.json says of a model."""
+    """What puna.json says of a model; `quantization` is what the command that quantized it measured."""
     about = None if tokenizer is None else {"fingerprint": tokenizer.fingerprint, "kind": tokenizer.kind}
     return {
         "format_version": FORMAT_VERSION,
@@ -81,6 +100,7 @@ def record(
         },
         "tokenizer": about,
         "training": training,
+        "quantization": quantization,
     }
 
 
@@ -99,8 +119,8 @@ def write(model: Path, record: dict[str, Any]) -> None:
 
 
 def read(model: Path) -> dict[str, Any] | None:
-    """The provenance of a model, None where there is none; `weights`, `model` and `training` are sure to be
-    objects, or None.
+    """The provenance of a model, None where there is none; `weights`, `model`, `training` and `quantization`
+    are sure to be objects, or None.
 
     Raises:
         ModelError: it is damaged, or written by a later version.
@@ -114,8 +134,8 @@ def read(model: Path) -> dict[str, Any] | None:
         raise ModelError(
             f"{path}: format_version {version!r}, this version of Puna knows {FORMAT_VERSION}; update Puna"
         )
-    weights, others = found.get("weights"), (found.get("model"), found.get("training"))
+    weights = found.get("weights")
     whole = isinstance(weights, dict) and isinstance(weights.get("sha256"), str)
-    if not whole or not all(isinstance(part, dict | None) for part in others):
+    if not whole or not all(isinstance(found.get(part), dict | None) for part in _OBJECTS):
         raise ModelError(f"{path}: not a record that Puna wrote; remove it, the model does without")
     return found

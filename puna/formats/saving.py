@@ -33,6 +33,7 @@ def save(
     bos_id: int | None = None,
     source: str | None = None,
     training: dict[str, Any] | None = None,
+    quantization: dict[str, Any] | None = None,
     settings: HuggingFaceSettings | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -46,6 +47,7 @@ def save(
         bos_id: the token that begins a text.
         source: what the model was made from, for puna.json.
         training: what the training run says of itself, for puna.json; JSON.
+        quantization: what was measured when it was quantized, for puna.json; JSON.
         settings: type and size of the files.
         overwrite: replace the model that is there.
 
@@ -63,7 +65,9 @@ def save(
     with written_aside(target) as temporary:
         hashes = provenance.PayloadHash()
         huggingface.write(temporary, content, settings or HuggingFaceSettings(), hashes.add)
-        record = provenance.record(hashes, weights.config, tokenizer, source=source, training=training)
+        record = provenance.record(
+            hashes, weights.config, tokenizer, source=source, training=training, quantization=quantization
+        )
         provenance.write(temporary, record)
         sync_tree(temporary)
         replace_directory(temporary, target)

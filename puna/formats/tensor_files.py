@@ -14,10 +14,11 @@ from torch import Tensor
 
 from puna.devices import DTYPES
 from puna.errors import ModelError, nearest
-from puna.formats.casting import is_finite
+from puna.formats.casting import all_finite
 from puna.formats.json_files import read_object
+from puna.formats.packed import CODED, same_numbers
 from puna.model.config import ModelConfig
-from puna.model.weights import shapes
+from puna.model.weights import Packed, shapes
 
 _DERIVED = ".rotary_emb.inv_freq"  # a buffer that old files carry: the config determines it
 _LAYER = "model.layers."
@@ -27,9 +28,9 @@ class TensorFile(Protocol):
     """An open file of tensors by name."""
 
     def entries(self) -> Iterable[tuple[str, str, tuple[int, ...]]]:
-        """Name, type and shape of every tensor; the type is one of DTYPES, or what the file calls it."""
+        """Name, type and shape of every tensor; a type of DTYPES or CODED, or what the file calls it."""
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor | Packed:
         """One tensor, a view of the mapped file where that is possible."""
 
 
@@ -61,7 +62,7 @@ class TensorFiles:
     ) -> None:
         self._origin, self._opened, self._by = origin, opened, by
         self._place: dict[str, Path] = {}
-        self._dtypes: dict[str, torch.dtype] = {}
+        self._kinds: dict[str, str] = {}
         found: dict[str, tuple[int, ...]] = {}
         for file in files:
             with opened(file) as reader:
@@ -73,15 +74,16 @@ class TensorFiles:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that most tensors are stored in."""
-        return DTYPES[max(self.stored, key=self.stored.__getitem__)]
+        """The type that most tensors of plain numbers are stored in."""
+        plain = {kind: count for kind, count in self.stored.items() if kind in DTYPES}
+        return DTYPES[max(plain, key=plain.__getitem__)] if plain else torch.float32
 
     @property
     def stored(self) -> dict[str, int]:
         """How many tensors are stored in each type, by name."""
-        return dict(Counter(str(self._dtypes[name]).removeprefix("torch.") for name in self._expected))
+        return dict(Counter(self._kinds[name] for name in self._expected))
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[str, Tensor | Packed]]:
         """Every tensor of the model.
 
         Raises:
@@ -94,7 +96,7 @@ class TensorFiles:
                 if file not in readers:
                     readers[file] = stack.enter_context(self._opened(file))
                 tensor = readers[file].tensor(name)
-                if not is_finite(tensor):
+                if not all_finite(tensor):
                     raise ModelError(
                         f"{file}: {name} holds NaN or infinite values: a damaged file, or training diverged"
                     )
@@ -108,11 +110,11 @@ class TensorFiles:
         self._place[name] = file
         if name.endswith(_DERIVED):
             return
-        if kind not in DTYPES:
+        if kind not in DTYPES and kind not in CODED:
             raise ModelError(
                 f"{file}: {shown(name)} is stored as {kind}; expected one of {', '.join(DTYPES)}"
             )
-        self._dtypes[name] = DTYPES[kind]
+        self._kinds[name] = kind
 
     def _check(self, found: dict[str, tuple[int, ...]]) -> list[str]:
         """The names to read, in the model's order, once it is sure that all fit."""
@@ -153,7 +155,7 @@ class TensorFiles:
             return config
         with self._opened(self._place[pair[0]]) as one, self._opened(self._place[pair[1]]) as other:
             head, embedding = one.tensor(pair[0]), other.tensor(pair[1])
-            if head.shape == embedding.shape and torch.equal(head, embedding):
+            if head.shape == embedding.shape and same_numbers(head, embedding):
                 return config
         return config.model_copy(update={"tie_word_embeddings": False})
 

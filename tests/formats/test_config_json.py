@@ -202,7 +202,6 @@ def test_end_tokens_may_be_one_a_list_or_none(value: object, expected: tuple[int
         ({"architectures": [], "model_type": "gpt2"}, "'gpt2' is not supported"),
         ({"architectures": 3}, "'3' is not supported"),
         ({"hidden_act": "gelu"}, "gate takes 'silu'"),
-        ({"quantization_config": {"bits": 4}}, "quantized"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type must be one of"),

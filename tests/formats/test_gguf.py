@@ -17,7 +17,7 @@ from puna.errors import ModelError
 from puna.formats.content import Content
 from puna.formats.gguf.config import gguf_name
 from puna.formats.gguf.file import GgufSettings, obstacles
-from puna.formats.packed import BLOCKS, block_sizes, expanded, pack, pack_int8, plain
+from puna.formats.packed import BLOCKS, block_sizes, expanded, pack, plain
 from puna.formats.rotary import interleaved
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
@@ -160,16 +160,9 @@ def test_packed_tensors_pass_through_as_they_are(tmp_path: Path) -> None:
 
 def test_types_that_gguf_does_not_have_become_float32(tmp_path: Path) -> None:
     model = model_of(CONFIGS["grouped"], torch.float64)
-    weights = Weights(
-        model.config,
-        [
-            (name, pack_int8(value, 16) if "down_proj" in name and isinstance(value, Tensor) else value)
-            for name, value in weights_of(model)
-        ],
-    )
-    gguf_files.write(tmp_path / "m.gguf", weights)
+    gguf_files.write(tmp_path / "m.gguf", model)
     found = dict(formats.open_model(tmp_path / "m.gguf").weights)
-    assert all(same(found[name], plain(value).float()) for name, value in weights)
+    assert all(same(found[name], plain(value).float()) for name, value in weights_of(model))
 
 
 def blocks(scheme: str, rows: int, columns: int, generator: np.random.Generator) -> np.ndarray[Any, Any]:

@@ -21,12 +21,12 @@ from puna import formats
 from puna.devices import DTYPES
 from puna.errors import ModelError
 from puna.formats import provenance
-from puna.formats.packed import BLOCKS, INT8, block_sizes, pack, pack_int8, unpack
+from puna.formats.packed import BLOCKS, CODED, block_sizes, pack, unpack
 from puna.formats.proof.agreement import agreement
 from puna.formats.proof.divergence import NO_TARGET, diverge
 from puna.formats.proof.layerwise import Tokens, build, states, streamed_states
 from puna.formats.proof.layerwise import logits as projected
-from puna.formats.proof.rounding import LIMITS, RELATIVE, STEPS, Furthest, distances
+from puna.formats.proof.rounding import HALF_STEPS, LIMITS, RELATIVE, STEPS, Furthest, distances
 from puna.formats.proof.sketches import Sketches
 from puna.formats.proof.texts import CONVERSATIONS
 from puna.formats.proof.tokens import proof_tokens
@@ -39,6 +39,7 @@ from puna.model.llama import Llama
 from puna.model.rope import LinearScaling, Llama3Scaling
 from puna.model.weights import Packed, Weights, load_weights, weights_of
 from puna.progress import silent
+from puna.quantize.schemes import Format, quantized
 from puna.tokenizer.reading import load
 from puna.tokenizer.tokenizer import Tokenizer
 from puna.tokenizer.train import TokenizerSettings, train
@@ -55,6 +56,11 @@ WIDE = ModelConfig(
     num_key_value_heads=2,
     max_position_embeddings=64,
 )
+FORMS = {  # of what is not in GGUF's blocks
+    "int8": Format("int8", None, torch.float32),
+    "int4": Format("int4", 32, torch.float16),
+    "nf4": Format("nf4", 64, torch.float32),
+}
 Named = dict[str, Tensor | Packed]
 
 
@@ -85,7 +91,7 @@ def rounded(tensors: Named, kind: str) -> Named:
 
 
 def packed(tensor: Tensor, kind: str) -> Packed:
-    return pack_int8(tensor, 32) if kind == INT8 else pack(tensor, kind)
+    return quantized(tensor, FORMS[kind]) if kind in FORMS else pack(tensor, kind)
 
 
 def swapped(tensors: Named, first: str, second: str) -> Named:
@@ -310,9 +316,10 @@ def test_what_rounding_does_not_explain_is_held_to_float32() -> None:
 
 
 def test_every_type_has_limits() -> None:
-    assert set(LIMITS) == {*DTYPES, *BLOCKS, INT8}
+    assert set(LIMITS) == {*DTYPES, *BLOCKS, *CODED}
     assert set(RELATIVE) == set(DTYPES)
-    assert set(STEPS) == {*BLOCKS, INT8}
+    assert set(STEPS) == set(BLOCKS)
+    assert set(HALF_STEPS) == set(CODED)
     assert all(block_sizes(kind) for kind in LIMITS if kind in BLOCKS)
 
 

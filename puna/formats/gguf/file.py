@@ -26,7 +26,7 @@ from puna.formats.gguf.header import Entry, Header, brief, read_header
 from puna.formats.gguf.tensors import GgufTensors
 from puna.formats.gguf.vocabulary import check_tokenizer, tokenizer_metadata
 from puna.formats.gguf.writer import write_file
-from puna.formats.packed import BLOCKS, block_sizes, plain
+from puna.formats.packed import BLOCKS, block_sizes, described, in_blocks
 from puna.formats.source import Source
 from puna.formats.tensor_files import listed, shown
 from puna.model.config import ModelConfig
@@ -42,7 +42,8 @@ _LARGEST = 2**32 - 1  # whole numbers of the metadata are uint32, as llama.cpp r
 
 
 class GgufSettings(Settings):
-    """`dtype` None keeps every tensor's own type; those that GGUF does not have become float32.
+    """`dtype` None keeps every tensor's own type; float64, which GGUF does not have, becomes float32, and
+    whole numbers that its blocks cannot hold exactly are refused.
 
     Vectors are float32 in every file, as llama.cpp demands. A low-bit `dtype` is that of every matrix, the
     embedding and the output projection too (llama.cpp's own mixes give some of them more bits), so that
@@ -120,14 +121,30 @@ def _choice(dtype: str | None) -> Choice:
 
 
 def _storable(weights: Weights) -> Weights:
-    """The same weights where tensors of types that GGUF does not have are float32."""
-    return Weights(weights.config, ((name, _known(value)) for name, value in weights))
+    """The same weights where whole numbers are in blocks, and other types that GGUF lacks are float32."""
+    return Weights(weights.config, ((name, _known(name, value)) for name, value in weights))
 
 
-def _known(value: Tensor | Packed) -> Tensor | Packed:
+def _known(name: str, value: Tensor | Packed) -> Tensor | Packed:
     if isinstance(value, Packed):
-        return value if value.scheme in BLOCKS else plain(value)
+        return value if value.scheme in BLOCKS else _exactly(name, value)
     return value.float() if value.dtype == torch.float64 else value
+
+
+def _exactly(name: str, value: Packed) -> Packed:
+    """The blocks that hold these very numbers.
+
+    Raises:
+        ModelError: there are none.
+    """
+    found = in_blocks(value)
+    if found is None:
+        near = "q8_0" if value.scheme == "int8" else "q4_0"
+        raise ModelError(
+            f"{name} is {described(value)}, which GGUF cannot hold exactly: its blocks are int8 or int4 with "
+            f"a float16 scale for 32 weights; --dtype {near} rounds to these, --dtype float16 expands"
+        )
+    return found
 
 
 def _falls_back(shape: tuple[int, ...], dtype: str | None) -> bool:

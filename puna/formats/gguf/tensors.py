@@ -13,11 +13,11 @@ from torch import Tensor
 
 from puna.devices import DTYPES
 from puna.errors import ModelError, nearest
-from puna.formats.casting import is_finite
+from puna.formats.casting import all_finite
 from puna.formats.gguf.config import gguf_name, read_config
 from puna.formats.gguf.header import Entry
 from puna.formats.gguf.rope import DIVISORS
-from puna.formats.packed import BLOCKS, scales_are_finite
+from puna.formats.packed import BLOCKS
 from puna.formats.rotary import half_split
 from puna.formats.tensor_files import listed
 from puna.model.weights import Packed, shapes
@@ -61,7 +61,7 @@ class GgufTensors:
         """
         for name, entry in self._entries.items():
             value = _read(entry)
-            if not (scales_are_finite(value) if isinstance(value, Packed) else is_finite(value)):
+            if not all_finite(value):
                 raise ModelError(
                     f"{entry.file}: {name} holds NaN or infinite values: a damaged file, or training diverged"
                 )

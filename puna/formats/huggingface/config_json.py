@@ -189,10 +189,6 @@ def _check_computation(values: dict[str, Any], origin: str) -> None:
     activation = _given(values, "hidden_act", "silu")
     if activation not in _ACTIVATIONS:
         raise ModelError(f"{origin}: hidden_act is {activation!r}; a Llama's gate takes 'silu'")
-    if values.get("quantization_config") is not None:
-        raise ModelError(
-            f"{origin}: its weights are quantized; expected the plain float model it was made from"
-        )
 
 
 def _read_rope(values: dict[str, Any], context: Any, origin: str) -> tuple[Any, dict[str, Any]]:

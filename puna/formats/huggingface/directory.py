@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
+from torch import Tensor
 
 import puna.tokenizer
 from puna.formats.archives.torch_archive import PYTORCH_BIN
 from puna.formats.content import Content, Obstacle, Record
-from puna.formats.huggingface import yi_names
+from puna.formats.huggingface import quantized, yi_names
 from puna.formats.huggingface.config_json import (
     is_yi,
     read_bos_id,
@@ -31,7 +32,7 @@ from puna.formats.huggingface.safetensors_writer import write_tensors
 from puna.formats.json_files import read_object, write_object
 from puna.formats.source import Source
 from puna.formats.tensor_files import TensorFiles, find
-from puna.model.weights import Weights
+from puna.model.weights import Packed, Weights
 from puna.settings import Settings
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -60,8 +61,11 @@ def read(directory: Path) -> Source:
     generation = read_object(directory / GENERATION) if (directory / GENERATION).is_file() else {}
     config = read_config(values, str(directory / CONFIG))
     files, kind = find(directory, (SAFETENSORS, PYTORCH_BIN))
-    opened = yi_names.as_llama(kind.opened) if is_yi(values) else kind.opened
-    tensors = TensorFiles(files, config, directory, opened)
+    opening = quantized.Opening(yi_names.as_llama(kind.opened) if is_yi(values) else kind.opened)
+    if (layout := values.get("quantization_config")) is not None:
+        opening = quantized.opening(opening.opened, files, layout, directory / CONFIG)
+        files = [directory]
+    tensors = TensorFiles(files, config, directory, opening.opened)
     has_tokenizer = any((directory / name).is_file() for name in _TOKENIZER_FILES)
     return Source(
         path=directory,
@@ -73,6 +77,8 @@ def read(directory: Path) -> Source:
         bos_id=read_bos_id(values),
         generation=read_generation(generation),
         open_tokenizer=partial(puna.tokenizer.load, directory) if has_tokenizer else None,
+        notes=opening.notes,
+        packing=opening.packing,
     )
 
 
@@ -97,10 +103,19 @@ def write(target: Path, content: Content, settings: HuggingFaceSettings, record:
         OSError: as it comes; the directory is then incomplete.
     """
     target.mkdir(parents=True)
-    dtype = write_tensors(target, content.weights, settings.dtype, settings.shard_bytes, record)
+    layout, weights = quantized.Layout(content.config.tie_word_embeddings), content.weights
+    if settings.dtype is None:
+        weights = Weights(content.config, layout.storable(weights))
+
+    def told(name: str, value: Tensor | Packed) -> None:
+        layout.add(name, value)
+        record(name, value)
+
+    write_tensors(target, weights, settings.dtype, settings.shard_bytes, told, layout.parts)
     ends, bos = content.end_ids, content.bos_id
-    write_object(target / CONFIG, write_config(content.config, dtype, bos, ends))
+    config = write_config(content.config, layout.dtype, bos, ends)
+    write_object(target / CONFIG, config | layout.quantization_config())
     write_object(target / GENERATION, {**content.generation, **token_ids(bos, ends)})
     if content.tokenizer is not None:
         content.tokenizer.save(target)
-    return []
+    return list(layout.notes())

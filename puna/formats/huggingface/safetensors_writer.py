@@ -8,6 +8,7 @@ header comes first and is known last, so its room is reserved, from the names an
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,7 +16,6 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from puna.errors import ModelError
 from puna.formats.casting import stored
 from puna.formats.content import Record
 from puna.formats.huggingface.safetensors_reader import DTYPES as STORED
@@ -23,33 +23,38 @@ from puna.formats.huggingface.safetensors_reader import INDEX, SINGLE
 from puna.formats.json_files import write_object
 from puna.model.weights import Packed, Weights, shapes
 
-CODES = {dtype: code for code, dtype in STORED.items()}
+CODES = {dtype: code for code, dtype in STORED.items()} | {
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
 _ALIGNMENT = 64  # of the first tensor's place in a file, so that mapped tensors are read in whole cache lines
 _LARGEST = 10**15  # bytes; no offset has more digits
+_ROOM_OF_PARTS = ("_packed", "_scale", "_shape", ".quant_state.bitsandbytes__nf4")  # at most so long, so many
+
+Parts = Callable[[str, Packed], Iterator[tuple[str, Tensor]]]
+"""The tensors that a packed one is stored as, by name."""
 
 
 def write_tensors(
-    directory: Path, weights: Weights, dtype: str | None, shard_bytes: int, record: Record
-) -> torch.dtype:
-    """Write model.safetensors, or shards of at most `shard_bytes` and their index; return the type most have.
+    directory: Path, weights: Weights, dtype: str | None, shard_bytes: int, record: Record, parts: Parts
+) -> None:
+    """Write model.safetensors, or shards of at most `shard_bytes` and their index.
 
     A tensor larger than `shard_bytes` gets a shard of its own. `dtype` None keeps every tensor's type.
 
     Raises:
-        ModelError: a tensor is packed and no `dtype` given, missing, or does not fit into `dtype`.
+        ModelError: a tensor is missing, does not fit into `dtype`, or cannot be stored.
         OSError: as it comes; the directory is then incomplete.
     """
-    kinds: list[torch.dtype] = []
     place: dict[str, int] = {}
     with closing(_Shards(directory, _header_room(weights), shard_bytes)) as shards:
-        for name, tensor in stored(weights, lambda name, shape: dtype):
-            if isinstance(tensor, Packed):
-                raise ModelError(f"{name} is packed as {tensor.scheme}; choose a dtype to expand it to")
-            kinds.append(tensor.dtype)
-            record(name, tensor)
-            place[name] = shards.add(name, tensor)
+        for name, value in stored(weights, lambda name, shape: dtype):
+            record(name, value)
+            for part, tensor in parts(name, value) if isinstance(value, Packed) else [(name, value)]:
+                place[part] = shards.add(part, tensor)
     _name_shards(directory, place, shards.total_bytes)
-    return max(dict.fromkeys(kinds), key=kinds.count)
 
 
 def payload(tensor: Tensor) -> memoryview:
@@ -101,7 +106,9 @@ class _Shards:
 def _header_room(weights: Weights) -> int:
     """Bytes that the header of any one file needs at most, such that tensors begin aligned."""
     entries = {
-        name: _entry("BF16", shape, _LARGEST, _LARGEST) for name, shape in shapes(weights.config).items()
+        f"{name}{part}": _entry("BF16", shape, _LARGEST, _LARGEST)
+        for name, shape in shapes(weights.config).items()
+        for part in ([""] if len(shape) == 1 else _ROOM_OF_PARTS)
     }
     entries["__metadata__"] = {"format": "pt"}
     needed = 8 + len(json.dumps(entries, separators=(",", ":")))

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from puna.formats.tensor_files import Opened, TensorFile
+from puna.model.weights import Packed
 
 _NORMS = {".ln1.weight": ".input_layernorm.weight", ".ln2.weight": ".post_attention_layernorm.weight"}
 
@@ -34,7 +35,7 @@ class _Renamed:
         for name, kind, shape in self._file.entries():
             yield _llamas(name), kind, shape
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor | Packed:
         """The tensor that the file holds under this name or Yi's."""
         return self._file.tensor(self._stored[name])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, Literal, Self
 
@@ -39,12 +40,14 @@ from puna.formats.llama2c.layout import (
     write_header,
 )
 from puna.formats.llama2c.limits import BOS, EOS
-from puna.formats.packed import INT8, pack_int8, plain, unpack
+from puna.formats.packed import canonical, in_groups_of, plain, unpack
 from puna.formats.source import Source
 from puna.model.config import ModelConfig
 from puna.model.weights import Packed, Weights, shapes
+from puna.quantize.schemes import Format, quantized
 from puna.settings import Settings
 
+_INT8 = "int8"
 _NO_THETA = f"rope_theta {THETA:g}: llama2.c defines it, its files do not name it"
 _NO_EPS = f"rms_norm_eps {EPS:g} and rope_theta {THETA:g}: run.c defines them, its files do not name them"
 
@@ -72,7 +75,7 @@ class Llama2cSettings(Settings):
     @property
     def file_version(self) -> int:
         """The version to write."""
-        return (2 if self.dtype == INT8 else 0) if self.version is None else self.version
+        return (2 if self.dtype == _INT8 else 0) if self.version is None else self.version
 
 
 def recognises(path: Path) -> bool:
@@ -144,7 +147,7 @@ class _Tensors:
     @property
     def stored(self) -> dict[str, int]:
         """How many tensors are read in each type, by name."""
-        kinds = (INT8 if self._is_packed(shape) else "float32" for shape in self._shapes.values())
+        kinds = (_INT8 if self._is_packed(shape) else "float32" for shape in self._shapes.values())
         return dict(Counter(kinds))
 
     def __iter__(self) -> Iterator[tuple[str, Tensor | Packed]]:
@@ -182,8 +185,8 @@ class _Tensors:
         count = shape[0] * shape[1]
         whole, scales = torch.from_numpy(data[:count].view(np.int8)), _floats(data[count:])
         if self._is_packed(shape):
-            return Packed(INT8, whole.view(shape), scales.view(shape[0], -1), shape)
-        return unpack(Packed(INT8, whole[None], scales[None], (1, count))).view(shape)
+            return Packed(_INT8, whole.view(shape), scales.view(shape[0], -1), shape)
+        return unpack(Packed(_INT8, whole[None], scales[None], (1, count))).view(shape)
 
 
 def _floats(data: Bytes) -> Tensor:
@@ -220,7 +223,7 @@ def write(target: Path, content: Content, settings: Llama2cSettings, record: Rec
 def _write_model(target: Path, weights: Weights, settings: Llama2cSettings, record: Record) -> list[str]:
     version, asked = settings.file_version, settings.group_size
     if target.suffix == ".pt":
-        if settings.dtype == INT8 or settings.version is not None:
+        if settings.dtype == _INT8 or settings.version is not None:
             raise ModelError(f"{target.name}: a checkpoint holds float32 and has no versions; name it .bin")
         return llama2c_checkpoint.write(target, weights, record)
     group = _group(weights.config, asked) if version == 2 else 0
@@ -256,10 +259,12 @@ def _write_file(file: BinaryIO, header: Header, weights: Weights, record: Record
 
 
 def _in_groups(value: Tensor | Packed, group: int) -> Packed:
-    scales = value.scales if isinstance(value, Packed) and value.scheme == INT8 else None
-    if isinstance(value, Packed) and scales is not None and scales.shape[1] * group == value.shape[1]:
-        return value
-    return pack_int8(plain(value), group)
+    """A matrix as the file has it; one that is int8 in groups that these divide is not rounded again."""
+    form = canonical(value) if isinstance(value, Packed) else None
+    finer = in_groups_of(form, group) if form is not None and form.scheme == _INT8 else None
+    if finer is None or finer.scales is None:
+        return quantized(plain(value), Format("int8", group, torch.float32))
+    return replace(finer, scales=finer.scales.float())
 
 
 def _tables(config: ModelConfig) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from puna.formats.packed import plain
+from puna.formats.packed import CODED, half_steps, plain
+from puna.formats.provenance import kind_of
 from puna.model.weights import Packed
 
 BLOCK = 32  # weights of a row that share a step, in most schemes
@@ -29,22 +30,23 @@ class Sketch:
 
     Attributes:
         kind: the type it is stored in, or its scheme.
-        group: weights that share a scale.
         columns: numbers of a row.
         rows: (R, K); of a vector its own numbers (R, 1), each a row.
         norms: (R,).
         largest: (R,), root of the sum over blocks of the largest magnitude, squared; None where no scheme
             needs it.
         ends: (R, 2), the same of how far a number may be off where four or five bits cut a block's upper end.
+        steps: (R,), root of the sum over a row's numbers of half the step of each, squared, where scales are
+            known; None of other numbers.
     """
 
     kind: str
-    group: int
     columns: int
     rows: Tensor
     norms: Tensor
     largest: Tensor | None
     ends: Tensor | None
+    steps: Tensor | None = None
 
     @property
     def is_exact(self) -> bool:
@@ -70,16 +72,15 @@ class Sketches:
 
     def add(self, name: str, value: Tensor | Packed, numbers: Tensor | Packed) -> None:
         """Take in one tensor; `numbers` is the same, or it expanded, where that is at hand."""
-        kind, group = _stored(value)
+        kind = kind_of(value)
         if name in EMBEDDINGS and numbers.shape[0] > self.vocabulary:
             numbers = take_rows(numbers, slice(self.vocabulary))
         if len(numbers.shape) == 1:
             vector = plain(numbers).to(torch.float64, copy=True)
-            self.found[name] = Sketch(kind, group, 1, vector[:, None], vector.abs(), None, None)
+            self.found[name] = Sketch(kind, 1, vector[:, None], vector.abs(), None, None)
         else:
-            self.found[name] = Sketch(
-                kind, group, numbers.shape[1], *self._passed(numbers, kind in self.by_block)
-            )
+            passed = self._passed(numbers, kind in self.by_block)
+            self.found[name] = Sketch(kind, numbers.shape[1], *passed, _half_steps(value, len(passed[0])))
 
     def of(self, name: str) -> Sketch | None:
         """One tensor's; an output projection that is tied is the embedding."""
@@ -134,10 +135,9 @@ def take_rows(matrix: Tensor | Packed, index: Tensor | slice) -> Tensor | Packed
     return replace(matrix, data=data, scales=scales, shape=(len(data), *matrix.shape[1:]))
 
 
-def _stored(value: Tensor | Packed) -> tuple[str, int]:
-    if not isinstance(value, Packed):
-        return str(value.dtype).removeprefix("torch."), 1
-    return value.scheme, BLOCK if value.scales is None else value.shape[1] // value.scales.shape[-1]
+def _half_steps(value: Tensor | Packed, rows: int) -> Tensor | None:
+    """See `Sketch.steps`, of the first rows."""
+    return half_steps(value)[:rows] if isinstance(value, Packed) and value.scheme in CODED else None
 
 
 def _by_block(held: Tensor) -> Tensor:

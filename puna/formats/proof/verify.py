@@ -18,7 +18,7 @@ from puna.formats.packed import plain
 from puna.formats.proof.agreement import Agreement, agreement
 from puna.formats.proof.divergence import Divergence, diverge
 from puna.formats.proof.layerwise import States, Tokens, build, logits, states, streamed_states
-from puna.formats.proof.rounding import coarsest, distances
+from puna.formats.proof.rounding import STEPS, coarsest, distances
 from puna.formats.proof.sketches import EMBEDDINGS, Sketches
 from puna.formats.proof.tokens import ProofTokens, proof_tokens
 from puna.formats.proof.verdict import Comparison, config_differences
@@ -134,6 +134,8 @@ def _reading(a: Source, b: Source, settings: VerifySettings, *tokenizers: Tokeni
 def _rounded_to(other: Source, source: Source) -> frozenset[str]:
     """The types of a model that the other's low-bit schemes may have been made from."""
     packed = [kind for kind in other.stored if kind not in DTYPES]
+    if not any(kind in STEPS for kind in (*packed, *source.stored)):  # scales tell more than magnitudes
+        return frozenset()
     return frozenset(kind for kind in source.stored if packed and coarsest((kind, *packed)) in packed)
 
 
@@ -175,7 +177,8 @@ class _Reading:
         self, source: Source, by_block: frozenset[str], bar: Tracker, first: _Read | None = None
     ) -> _Read:
         """Hash a model's tensors and run its tokens; the second model also runs what the first wrote."""
-        hashes, sketches = PayloadHash(), Sketches(self.vocabulary, self.is_wide, by_block, self.projections)
+        hashes = PayloadHash()
+        sketches = Sketches(self.vocabulary, self.is_wide, by_block, self.projections)
         weights = Weights(source.config, _Observed(source.weights, hashes, sketches))
         tokens = list(self.proof.sequences)
         if self.low_memory:
