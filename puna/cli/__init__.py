@@ -2,7 +2,8 @@
 
 app.py         the commands as one program, and how it ends
 options.py     what several commands take; printing.py: where what they say goes
-training.py, generation.py, models.py, measuring.py, tokenizers.py: the commands, a function each
+training.py, generation.py, models.py, quantizing.py, measuring.py, tokenizers.py: the
+               commands, a function each
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from puna import __version__
-from puna.cli import generation, measuring, models, serving, tokenizers, training
+from puna.cli import generation, measuring, models, quantizing, serving, tokenizers, training
 from puna.errors import PunaError
 
 STOPPED = 128 + signal.SIGINT
@@ -39,6 +39,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     generation.chat,
     serving.serve,
     models.convert,
+    quantizing.quantize,
     models.verify,
     models.info,
     measuring.bench,

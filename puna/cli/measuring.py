@@ -33,7 +33,7 @@ def bench(
     """Measure speed on this machine, beside the most that it could do.
 
     The limits (reading memory, multiplying matrices) are measured around every repeat. For example:
-    puna bench decode tinyllama-1.1b dtype=bfloat16 'streams=[1, 16]'
+    puna bench decode tinyllama-1.1b dtype=bfloat16 quantize=int8 'streams=[1, 16]'
     """
     if ask_help:
         print(context.get_help())

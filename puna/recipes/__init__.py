@@ -13,6 +13,9 @@ generate.py      a prompt continued, or several
 generate_file.py a file of them: prompt_files.py reads it, answer_files.py keeps the answers
 chat.py          a conversation in the terminal: conversation.py, chat_commands.py, terminal.py
 describe.py      what a model is
+quantization.py  a smaller model, measured as it is made: quantize_settings.py and quantize_job.py say what is
+                 to be done, model_quantizer.py, layer_quantizer.py do it, unfinished.py keeps what is done,
+                 calibration.py has the text, hidden_states.py the text on its way, damage.py the figures
 tokenizers.py    training a tokenizer, looking at one
 bench.py         speed on this machine: bench_generation.py runs the engine with the model of bench_model.py,
                  bench_figures.py sets what it did beside what the machine could do

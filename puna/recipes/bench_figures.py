@@ -22,45 +22,59 @@ SECONDS = 0.4  # for each limit, before and after every repeat
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine can do at most."""
+    """What the machine can do at most; `whole` is the peak of whole numbers, where they are multiplied."""
 
     peak: Peak
     reading: Reading
+    whole: Peak | None = None
 
-    def seconds(self, read: float, flops: float) -> dict[str, float]:
+    def seconds(self, read: float, flops: float, whole: float = 0.0) -> dict[str, float]:
         """The least that reading so many bytes takes, and computing so much; the larger is the floor.
 
         That is the roofline (doi 10.1145/1498765.1498785): a perfect program does the one during the other.
+        The operations on whole numbers are counted at their own rate, since that of floating point is lower.
         """
-        return {"memory": read / self.reading.rate, "matrix": flops / self.peak.flops}
+        matrix = flops / self.peak.flops
+        if self.whole is not None:
+            matrix += whole / self.whole.flops
+        return {"memory": read / self.reading.rate, "matrix": matrix}
 
     def better(self, other: Limits) -> Limits:
         """The higher of each."""
         return Limits(
             max(self.peak, other.peak, key=lambda peak: peak.flops),
             max(self.reading, other.reading, key=lambda reading: reading.rate),
+            max(filter(None, (self.whole, other.whole)), key=lambda peak: peak.flops, default=None),
         )
 
 
-def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
-    """Both, in less than two seconds."""
-    return Limits(measure_peak(device, dtype, SECONDS), measure_reading(device, SECONDS))
+def measure_limits(device: torch.device, dtype: torch.dtype, whole: bool = False) -> Limits:
+    """All of them, in less than three seconds; `whole`: that of whole numbers too."""
+    return Limits(
+        measure_peak(device, dtype, SECONDS),
+        measure_reading(device, SECONDS),
+        measure_peak(device, torch.int8, SECONDS) if whole else None,
+    )
 
 
 @dataclass(frozen=True)
 class Repeat:
-    """A timed piece of work: what it did, had to read and compute, and what the machine could do."""
+    """A timed piece of work: what it did, had to read and compute, and what the machine could do.
+
+    `flops` are operations on floating-point numbers, `whole` those on whole ones.
+    """
 
     seconds: float
     units: int
     read: float
     flops: float
     limits: Limits
+    whole: float = 0.0
 
     @property
     def floor(self) -> dict[str, float]:
         """Seconds by what takes them."""
-        return self.limits.seconds(self.read, self.flops)
+        return self.limits.seconds(self.read, self.flops, self.whole)
 
     @property
     def ratio(self) -> float:
@@ -121,6 +135,7 @@ class Figure:
                 "limited_by": by,
                 "read_bytes_per_s": limits.reading.rate,
                 "matrix_flops": limits.peak.flops,
+                "matrix_whole_number_ops": None if limits.whole is None else limits.whole.flops,
                 "repeats": [repeat.units / repeat.seconds for repeat in self.repeats],
                 "repeat_ratios": [repeat.ratio for repeat in self.repeats],
                 "spread": self.spread,

@@ -8,10 +8,10 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from puna.devices import choose_device, choose_dtype
 from puna.engine.answer import Answer, Request
@@ -23,8 +23,10 @@ from puna.errors import ResourceError, SettingsError
 from puna.kernels.pages import BLOCK
 from puna.model.config import ModelConfig
 from puna.progress import Track, Tracker, quantity
+from puna.quantize.recipe import Recipe
 from puna.recipes.bench_figures import Figure, PeakMemory, Repeat, Say, measure_limits
 from puna.recipes.bench_model import Subject, flops_of, open_subject, random_model
+from puna.recipes.bench_work import bits_per_weight, has_whole_numbers, whole_operations
 from puna.settings import Settings, parse
 from puna.train.run import environment
 
@@ -49,6 +51,11 @@ COLUMNS = {
 OUTSIDE = ("schedule", "sample", "text")  # what an engine does besides the model's pass
 
 
+def _recipe(value: Any) -> Any:
+    """A scheme's name alone is a recipe too."""
+    return None if value == "none" else {"scheme": value} if isinstance(value, str) else value
+
+
 class GenerationSettings(Settings):
     """What both have: a model, where and how it runs, and how often to measure."""
 
@@ -58,6 +65,8 @@ class GenerationSettings(Settings):
     """A preset, whose weights are then random, a path, or a hub id."""
     dtype: str = "auto"
     """Of weights and cache: float32, bfloat16 or float16; auto: what suits the device."""
+    quantize: Annotated[Recipe | None, BeforeValidator(_recipe)] = None
+    """int8 or int4: round the matrices so; or the fields of a recipe, such as quantize.output=int8."""
     device: str = "auto"
     """cpu, cuda or mps."""
     threads: int | None = Field(None, ge=1)
@@ -92,13 +101,17 @@ class PrefillSettings(GenerationSettings):
 
 @dataclass(frozen=True)
 class _Work:
-    """What was timed: its steps and tokens, what it had to read and compute, seconds by what took them."""
+    """What was timed: its steps and tokens, what it had to read and compute, seconds by what took them.
+
+    `flops` are operations on floating-point numbers, `whole` those on whole ones.
+    """
 
     seconds: float
     steps: int
     tokens: int
     read: float
     flops: float
+    whole: float
     parts: dict[str, float]
 
 
@@ -173,14 +186,21 @@ def _begin(settings: GenerationSettings, needed: int, say: Say) -> _Bench:
         torch.set_num_threads(settings.threads)
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
-    limits = measure_limits(device, dtype)
+    measure_limits(device, dtype, device.type == "cpu")  # what libraries take is not the memory of a model
     _load_libraries(device, dtype, settings.engine)
     memory = PeakMemory(device)
-    subject = open_subject(settings.model, dtype, device, settings.context, needed)
-    say(f"model: {settings.model}, {quantity(subject.weight_bytes)}B in {str(dtype).removeprefix('torch.')}")
-    for limit in (limits.reading, limits.peak):
+    subject = open_subject(settings.model, dtype, device, settings.context, needed, settings.quantize)
+    limits = measure_limits(device, dtype, has_whole_numbers(subject.model))
+    say(f"model: {settings.model}, {described(subject, dtype)}")
+    for limit in filter(None, (limits.reading, limits.peak, limits.whole)):
         say(f"limit: {limit}; anew around every repeat")
     return _Bench(settings, subject, device, dtype, memory)
+
+
+def described(subject: Subject, dtype: torch.dtype) -> str:
+    """What a model takes, as the head of a table says it."""
+    bits = f"{bits_per_weight(subject):.2f} bits per weight read"
+    return f"{quantity(subject.weight_bytes)}B, {bits}, computing in {str(dtype).removeprefix('torch.')}"
 
 
 def _load_libraries(device: torch.device, dtype: torch.dtype, settings: EngineSettings) -> None:
@@ -224,13 +244,15 @@ def _measured(
     run(0)
     progress.advance(1)
     works, repeats, most = [], [], 0
-    before = measure_limits(bench.device, bench.dtype)
+    whole = has_whole_numbers(bench.subject.model)
+    before = measure_limits(bench.device, bench.dtype, whole)
     for seed in range(1, settings.repeats + 1):
         bench.memory.restart()
         work = run(seed)
         most = max(most, bench.memory.most() or 0)
-        after = measure_limits(bench.device, bench.dtype)
-        repeats.append(Repeat(work.seconds, work.tokens, work.read, work.flops, before.better(after)))
+        after = measure_limits(bench.device, bench.dtype, whole)
+        limits = before.better(after)
+        repeats.append(Repeat(work.seconds, work.tokens, work.read, work.flops, limits, work.whole))
         works.append(work)
         before = after
         progress.advance(1)
@@ -241,7 +263,12 @@ def _measured(
         "tokens/s",
         repeats,
         environment(bench.device),
-        {**_details(works), "memory": _memory(bench, engine, most), "notes": list(engine.notes)},
+        {
+            **_details(works),
+            "bits_per_weight": bits_per_weight(bench.subject),
+            "memory": _memory(bench, engine, most),
+            "notes": list(engine.notes),
+        },
     )
 
 
@@ -261,12 +288,14 @@ def _decode_run(bench: _Bench, engine: Engine, settings: DecodeSettings, streams
         _step(engine, answers)
     seconds = time.perf_counter() - began
     # A step's row is that of the newest token, which has no keys and values yet.
-    flops = sum(flops_of(bench.subject.model.config, have - 1, steps, heads=steps) for have in held)
+    config, rows = bench.subject.model.config, steps * len(sequences)
+    whole = whole_operations(bench.subject.model, rows, heads=rows)
+    flops = sum(flops_of(config, have - 1, steps, heads=steps) for have in held) - whole
     read = steps * bench.subject.step_bytes + _cache_read(bench, held, steps)
     parts = _since(engine, earlier)
     for answer in answers:
         engine.cancel(answer)
-    return _Work(seconds, steps, steps * len(sequences), read, flops, parts)
+    return _Work(seconds, steps, rows, read, flops, whole, parts)
 
 
 def _prefill_run(bench: _Bench, engine: Engine, length: int, seed: int) -> _Work:
@@ -278,9 +307,10 @@ def _prefill_run(bench: _Bench, engine: Engine, length: int, seed: int) -> _Work
     while not answers[0].finished:
         _step(engine, answers)
     seconds = time.perf_counter() - began
-    flops = flops_of(bench.subject.model.config, 0, length, heads=1)
-    parts = _since(engine, earlier)
-    return _Work(seconds, engine.times.steps - steps, length, bench.subject.step_bytes, flops, parts)
+    whole = whole_operations(bench.subject.model, length, heads=1)
+    flops = flops_of(bench.subject.model.config, 0, length, heads=1) - whole
+    parts, read = _since(engine, earlier), bench.subject.step_bytes
+    return _Work(seconds, engine.times.steps - steps, length, read, flops, whole, parts)
 
 
 def _since(engine: Engine, earlier: dict[str, float]) -> dict[str, float]:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import puna
+from puna.engine.arriving import Arriving, quantization
 from puna.engine.llm import context_length
 from puna.errors import SettingsError
+from puna.formats.source import Source
 from puna.model.config import ModelConfig
 from puna.model.counts import flops_per_token
 from puna.model.initial import initial_weights
 from puna.model.llama import Llama
 from puna.model.presets import PRESETS
-from puna.model.weights import Packed, Weights, load_weights
+from puna.model.weights import Weights
+from puna.quantize.loading import load_quantized
 from puna.quantize.packing import pack
+from puna.quantize.recipe import Recipe
 from puna.tokenizer.tokenizer import Tokenizer
 
 
@@ -37,29 +40,36 @@ class Subject:
     @property
     def step_bytes(self) -> int:
         """What a step reads of them: all but an embedding that is not tied, of which it takes a few rows."""
-        tied = self.model.config.tie_word_embeddings
-        return self.weight_bytes - (0 if tied else self.model.model.embed_tokens.weight.nbytes)
+        if self.model.config.tie_word_embeddings:
+            return self.weight_bytes
+        rows = self.model.model.embed_tokens.parameters()  # of whole numbers: their scales are among them
+        return self.weight_bytes - sum(parameter.nbytes for parameter in rows)
 
 
 def open_subject(
-    name: str, dtype: torch.dtype, device: torch.device, context: int | None, needed: int
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    context: int | None,
+    needed: int,
+    quantize: Recipe | None = None,
 ) -> Subject:
     """The model, packed as commands that answer have it; a preset's context grows to `needed` positions where
-    nothing else is asked.
+    nothing else is asked. `quantize`: how its matrices are rounded on the way.
 
     Raises:
         SettingsError: the context is too short for what is to be measured, or that of a model with its own.
-        ModelError: it is no model.
+        ModelError: it is no model, or cannot be quantized so.
     """
     if name in PRESETS:
         own = PRESETS[name]
         length = context or max(own.max_position_embeddings, needed)
         config = own.model_copy(update={"max_position_embeddings": length})
-        subject = Subject(random_model(config, dtype, device), None, length)
+        subject = Subject(random_model(config, dtype, device, quantize), None, length)
     else:
         if context is not None:
             raise SettingsError(f"context is for presets, whose weights are random; {name} has its own")
-        llm = puna.load(name, dtype=str(dtype).removeprefix("torch."), device=str(device))
+        llm = puna.load(name, dtype=str(dtype).removeprefix("torch."), device=str(device), quantize=quantize)
         subject = Subject(llm.model, llm.tokenizer, context_length(llm.config))
     if subject.context < needed:
         raise SettingsError(
@@ -70,17 +80,14 @@ def open_subject(
     return subject
 
 
-def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Llama:
+def random_model(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, quantize: Recipe | None = None
+) -> Llama:
     """A model as training begins with it; of float32 copies there is only one tensor's at a time."""
-
-    def cast() -> Iterator[tuple[str, Tensor | Packed]]:
-        for name, tensor in initial_weights(config, seed=0):
-            assert isinstance(tensor, Tensor)
-            yield name, tensor.to(device, dtype)
-
+    source = Source(Path("random weights"), "none", initial_weights(config, seed=0), torch.float32, {})
     with torch.device("meta"):
         model = Llama(config).to(dtype)
-    load_weights(model, Weights(config, cast()))
+    load_quantized(model, Weights(config, Arriving(source, device, dtype, quantization(quantize))))
     return model.eval()
 
 

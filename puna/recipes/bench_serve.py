@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from pydantic import ConfigDict, Field, model_validator
 
+import puna
 from puna import formats
 from puna.devices import choose_device, choose_dtype
 from puna.engine.cache import bytes_per_position
@@ -25,11 +26,12 @@ from puna.errors import SettingsError
 from puna.formats.huggingface.directory import HuggingFaceSettings
 from puna.model.initial import initial_weights
 from puna.model.presets import PRESETS
-from puna.progress import Track, Tracker, quantity
+from puna.progress import Track, Tracker
 from puna.recipes.bench_figures import Figure, Limits, Repeat, Say, measure_limits, percentile
-from puna.recipes.bench_generation import GenerationSettings
+from puna.recipes.bench_generation import GenerationSettings, described
 from puna.recipes.bench_load import Ask, Load, Served, put
 from puna.recipes.bench_model import Subject, flops_of
+from puna.recipes.bench_work import bits_per_weight, has_whole_numbers, whole_operations
 from puna.recipes.made_up_tokenizer import write_tokenizer
 from puna.recipes.models import ModelChoice
 from puna.recipes.server_process import ServerProcess, free_port, running
@@ -105,6 +107,13 @@ class _Bench:
     device: torch.device
     dtype: torch.dtype
 
+    @property
+    def subject(self) -> Subject:
+        return Subject(self.llm.model, self.llm.tokenizer, self.llm.context)
+
+    def limits(self) -> Limits:
+        return measure_limits(self.device, self.dtype, has_whole_numbers(self.llm.model))
+
 
 def serve(settings: ServeBenchSettings, say: Say, track: Track) -> list[Figure]:
     """Start a server, put each load on it, and give the engine alone the same requests, in turn.
@@ -144,10 +153,11 @@ def _prepared(settings: ServeBenchSettings, place: Path) -> ModelChoice:
         raise SettingsError(
             f"{needed} positions are needed, and the context has {context}; lower prompt or new{advice}"
         )
+    path = source.path if settings.quantize is None else _quantized(settings, source.path, place)
     if source.open_tokenizer is not None:
-        return ModelChoice(str(source.path))
+        return ModelChoice(str(path))
     write_tokenizer(place / "tokenizer", source.config.vocab_size)
-    return ModelChoice(str(source.path), tokenizer=place / "tokenizer")
+    return ModelChoice(str(path), tokenizer=place / "tokenizer")
 
 
 def _saved(settings: ServeBenchSettings, needed: int, place: Path) -> Path:
@@ -157,6 +167,13 @@ def _saved(settings: ServeBenchSettings, needed: int, place: Path) -> Path:
     weights = initial_weights(own.model_copy(update={"max_position_embeddings": length}), seed=0)
     formats.save(place / settings.model, weights, settings=HuggingFaceSettings(dtype="bfloat16"))
     return place / settings.model
+
+
+def _quantized(settings: ServeBenchSettings, source: Path, place: Path) -> Path:
+    """A model directory whose matrices are rounded as the settings say: server and engine share it."""
+    llm = puna.load(source, settings.dtype, settings.device, settings.quantize)
+    llm.save(place / "quantized")
+    return place / "quantized"
 
 
 @contextlib.contextmanager
@@ -180,8 +197,8 @@ def _server(
 
 
 def _introduce(bench: _Bench, say: Say) -> None:
-    settings, size = bench.settings, _subject(bench).weight_bytes
-    say(f"model: {settings.model}, {quantity(size)}B in {str(bench.dtype).removeprefix('torch.')}")
+    settings = bench.settings
+    say(f"model: {settings.model}, {described(bench.subject, bench.dtype)}")
     (short, long), (few, many) = settings.prompt, settings.new
     say(f"requests: prompts of {short} to {long} tokens, answers of {few} to {many}; times in milliseconds")
     say(_COLUMNS.format("load", *HEADINGS))
@@ -194,17 +211,22 @@ def _row(bench: _Bench, load: Load, say: Say, progress: Tracker) -> Figure:
     first = _asks(bench, load, 0)[: 2 * (load.clients or WARM)]
     _put(bench, load, [Ask(ask.prompt, min(WARM, ask.new)) for ask in first], 0)
     served, repeats = [], []
-    before = measure_limits(bench.device, bench.dtype)
+    before = bench.limits()
     for number in range(1, settings.repeats + 1):
         one = _put(bench, load, _asks(bench, load, number), number)
-        after = measure_limits(bench.device, bench.dtype)
+        after = bench.limits()
         repeats.append(_repeat(bench, one, before.better(after)))
         served.append(one)
         before = after
         progress.advance(1)
     row = settings.model_copy(update=changed)
     figure = Figure(
-        "serve", row.model_dump(mode="json"), "tokens/s", repeats, environment(bench.device), _details(served)
+        "serve",
+        row.model_dump(mode="json"),
+        "tokens/s",
+        repeats,
+        environment(bench.device),
+        {**_details(served), "bits_per_weight": bits_per_weight(bench.subject)},
     )
     say(_line(load, figure))
     return figure
@@ -233,19 +255,17 @@ def _put(bench: _Bench, load: Load, asks: list[Ask], number: int) -> Served:
 
 def _repeat(bench: _Bench, served: Served, limits: Limits) -> Repeat:
     """What must be read at this batch, each step the weights, each token what it attends to; and computed."""
-    config, subject = bench.llm.config, _subject(bench)
+    config, subject = bench.llm.config, bench.subject
     quantized = bench.settings.engine.cache_dtype == "int8"
     window = config.sliding_window or config.max_position_embeddings
     lengths = (len(ask.prompt) + new for ask in served.asks for new in range(ask.new))
     positions = sum(min(length, window) for length in lengths)
     read = served.tokens / served.batch * subject.step_bytes
     read += positions * bytes_per_position(config, bench.dtype, quantized)
-    flops = sum(flops_of(config, 0, len(ask.prompt) + ask.new - 1, heads=ask.new) for ask in served.asks)
-    return Repeat(served.seconds, served.tokens, read, flops, limits)
-
-
-def _subject(bench: _Bench) -> Subject:
-    return Subject(bench.llm.model, bench.llm.tokenizer, bench.llm.context)
+    rows = [(len(ask.prompt) + ask.new - 1, ask.new) for ask in served.asks]  # all, and those with logits
+    whole = sum(whole_operations(subject.model, count, heads) for count, heads in rows)
+    flops = sum(flops_of(config, 0, count, heads) for count, heads in rows) - whole
+    return Repeat(served.seconds, served.tokens, read, flops, limits, whole)
 
 
 def _details(served: Sequence[Served]) -> dict[str, Any]:

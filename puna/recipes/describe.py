@@ -23,6 +23,7 @@ def describe(source: formats.Source, say: Say) -> dict[str, Any]:
         "format": source.format,
         "dtype": str(source.dtype).removeprefix("torch."),
         "stored": dict(source.stored),
+        "packing": dict(source.packing),
         "config": config.model_dump(mode="json"),
         "parameters": {**asdict(counts), "total": counts.total},
         "flops_per_token": flops_per_token(config, config.max_position_embeddings, training=False),
@@ -57,6 +58,7 @@ def _lines(result: dict[str, Any]) -> list[str]:
         f"{result['path']} ({result['format']}, stored in {_stored(result['stored'])})",
         f"parameters  {counts['total']:,}  ({parts})",
         *(f"  {key:<24} {_short(value)}" for key, value in result["config"].items()),
+        *(f"quantized   {words} ×{count}" for words, count in result["packing"].items()),
         *_tokenizer_lines(result["tokenizer"], result["end_ids"]),
         *(f"note        {note}" for note in result["notes"]),
         *_provenance_lines(result["provenance"]),
@@ -89,8 +91,20 @@ def _provenance_lines(record: dict[str, Any] | None) -> list[str]:
         lines.append(f"  converted from           {about.get('model')} ({about.get('format')})")
         verdict = verified.get("verdict") if isinstance(verified, dict) else "not verified"
         lines.append(f"  compared with it         {verdict}")
+    lines += _quantization_lines(record.get("quantization") or {})
     training = {key: value for key, value in (record.get("training") or {}).items() if value is not None}
     return lines + [f"  {key:<24} {_short(value)}" for key, value in training.items()]
+
+
+def _quantization_lines(said: dict[str, Any]) -> list[str]:
+    """What was recorded when it was quantized: the scheme, and every figure that stands by itself."""
+    size = said.get("size")
+    figures = {**said, **(size if isinstance(size, dict) else {})}
+    shown = {key: value for key, value in figures.items() if isinstance(value, str | int | float)}
+    return [
+        f"  quantized: {key:<13} {f'{value:.5g}' if isinstance(value, float) else _short(value)}"
+        for key, value in shown.items()
+    ]
 
 
 def _short(value: Any) -> str:

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+import puna
 from puna import formats
 from puna.errors import InputError, ModelError, ResourceError, SettingsError
+from puna.kernels.library import load as load_library
 from puna.model.config import ModelConfig
 from puna.model.counts import flops_per_token, parameters
 from puna.model.initial import initialize
@@ -22,6 +24,8 @@ from puna.model.weights import weights_of
 from puna.plan import measure
 from puna.plan.measure import Peak, Reading
 from puna.progress import silent
+from puna.quantize.packing import pack
+from puna.quantize.recipe import Recipe
 from puna.recipes import bench_figures, bench_serve
 from puna.recipes.bench import WHATS, bench, explain
 from puna.recipes.bench_figures import Figure, Limits, PeakMemory, Repeat
@@ -34,6 +38,7 @@ from puna.recipes.bench_generation import (
     _prefill_run,
 )
 from puna.recipes.bench_model import Subject, flops_of, open_subject, random_model
+from puna.recipes.bench_work import bits_per_weight, has_whole_numbers, whole_operations
 from puna.settings import parse
 from tests.model.shapes import CONFIGS, model_of
 
@@ -80,6 +85,30 @@ def test_the_floor_is_the_slower_of_reading_and_computing() -> None:
     assert found["details"]["limited_by"] == "matrix"
     assert found["details"]["more"] == 3
     json.dumps(found)
+
+
+def test_whole_numbers_are_multiplied_at_a_rate_of_their_own() -> None:
+    both = Limits(Peak(10.0, torch.float32, CPU, 1), Reading(1.0, 1, CPU, 1), Peak(40.0, torch.int8, CPU, 1))
+    work = Repeat(seconds=8.0, units=1, read=1.0, flops=20.0, limits=both, whole=80.0)
+    assert work.floor == {"memory": 1.0, "matrix": 2.0 + 2.0}
+    assert Figure("x", {}, "tokens/s", [work], {}).as_dict()["details"]["matrix_whole_number_ops"] == 40.0
+    faster = Limits(both.peak, both.reading, Peak(50.0, torch.int8, CPU, 1))
+    for one, other in ((both, faster), (faster, both), (limits(1.0, 1.0), faster)):
+        better = one.better(other).whole
+        assert better is not None and better.flops == 50.0
+    assert limits(1.0, 1.0).better(limits(2.0, 2.0)).whole is None
+
+
+def test_every_way_to_the_peak_of_whole_numbers_multiplies_them() -> None:
+    left, right = (torch.randint(-127, 128, (64, 64), dtype=torch.int8) for _ in range(2))
+    expected = left.double() @ right.double().T
+    ways = measure._whole_products(left, right)
+    assert len(ways) >= 1
+    for product in ways:
+        assert torch.equal(product().double(), expected)
+    peak = measure.measure_peak(CPU, torch.int8, 0.01)
+    assert peak.flops > 0
+    assert "OP/s (int8 matrix products" in str(peak) and "FLOP/s" not in str(peak)
 
 
 def test_a_figure_is_its_median_repeat_by_the_limits_of_its_own_moment() -> None:
@@ -141,6 +170,47 @@ def test_random_weights_are_those_that_training_begins_with() -> None:
     initialize(theirs, seed=0)
     for (name, one), (_, other) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert torch.equal(one, other.to(torch.bfloat16)), name
+
+
+INTEGERS = pytest.mark.skipif(
+    load_library("integers").functions is None, reason="no compiler: whole numbers are expanded"
+)
+
+
+def quantized(tied: bool, **recipe: Any) -> Subject:
+    config = SHAPE.model_copy(update={"tie_word_embeddings": tied})
+    model = random_model(config, torch.bfloat16, CPU, parse(Recipe, recipe))
+    pack(model)
+    return Subject(model, None, 64)
+
+
+@INTEGERS
+def test_operations_on_whole_numbers_are_those_of_quantized_matrices() -> None:
+    """Of both kinds, since eight bits are what is multiplied; the output only where there are logits."""
+    D, N, K, H, F, V = 32, 4, 2, 16, 48, SHAPE.vocab_size
+    down, layer = D * F, 2 * D * N * H + 2 * D * K * H + 2 * D * F
+    layers = SHAPE.num_hidden_layers
+    mixed = {"scheme": "int4", "exceptions": {"*.down_proj": "int8"}, "output": "int8"}
+    model = quantized(False, **mixed).model
+    assert whole_operations(model, 10, heads=3) == 2 * (10 * layers * (down + layer) + 3 * D * V)
+    kept = quantized(False, scheme="int8", exceptions={"*.down_proj": "keep"}, output="keep").model
+    assert whole_operations(kept, 10, heads=3) == 2 * 10 * layers * layer
+    tied = quantized(True, scheme="int8", output="int8").model
+    assert whole_operations(tied, 10, heads=3) == 2 * (10 * layers * (down + layer) + 3 * D * V)
+    assert not has_whole_numbers(random_model(SHAPE, torch.bfloat16, CPU))
+
+
+@INTEGERS
+def test_bits_per_weight_are_of_what_a_step_reads_with_its_scales() -> None:
+    plain = Subject(random_model(SHAPE, torch.bfloat16, CPU), None, 64)
+    assert bits_per_weight(plain) == 16
+    counts = parameters(SHAPE)
+    D, N, K, H, F = 32, 4, 2, 16, 48
+    outputs = SHAPE.num_hidden_layers * (N * H + 2 * K * H + D + 2 * F + D)
+    weights, read = counts.attention + counts.mlp, counts.total - counts.embedding
+    subject = quantized(False, scheme="int8", output="keep")
+    bytes_read = weights + 4 * outputs + 2 * (counts.head + counts.norm)
+    assert bits_per_weight(subject) == pytest.approx(8 * bytes_read / read, rel=0.02)  # panels are filled up
 
 
 def begin(settings: DecodeSettings | PrefillSettings, config: ModelConfig = SHAPE) -> _Bench:
@@ -220,6 +290,31 @@ def test_a_table_and_a_row_of_json_for_every_number_of_streams(directory: Path) 
         assert result["environment"]["threads"] == torch.get_num_threads()
 
 
+@INTEGERS
+@pytest.mark.parametrize("what", ["decode", "prefill"])
+def test_a_model_quantized_meanwhile_is_measured_as_one_that_was_before(
+    what: str, directory: Path, tmp_path: Path
+) -> None:
+    few = ["repeats=1", "dtype=bfloat16", *(["streams=[1]", "prompt=4", "new=3"] if what == "decode" else [])]
+    few += ["prompt=[9]"] if what == "prefill" else []
+    said: list[str] = []
+    (now,) = run(what, str(directory), "quantize=int8", *few, said=said)
+    assert any("bits per weight read" in line for line in said)
+    assert any("int8 matrix products" in line for line in said)
+    assert now["settings"]["quantize"]["scheme"] == "int8"
+    assert now["details"]["matrix_whole_number_ops"] > 0
+    puna.load(directory, dtype="bfloat16", device="cpu", quantize="int8").save(tmp_path / "int8")
+    (before,) = run(what, str(tmp_path / "int8"), *few)
+    assert before["details"]["bits_per_weight"] == now["details"]["bits_per_weight"] < 16
+    assert before["details"]["memory"]["weights"] == now["details"]["memory"]["weights"]
+    (plain,) = run(what, str(directory), "quantize=none", *few)
+    assert plain["settings"]["quantize"] is None
+    assert plain["details"]["bits_per_weight"] == 16
+    assert plain["details"]["matrix_whole_number_ops"] is None
+    again = parse(WHATS[what].settings, json.loads(json.dumps(now["settings"])))
+    assert again.model_dump(mode="json") == now["settings"]
+
+
 def test_prefill_has_a_row_for_every_length(directory: Path) -> None:
     results = run("prefill", "repeats=1", "prompt=[3, 20]", f"model={directory}", "dtype=float32")
     assert [result["settings"]["prompt"] for result in results] == [[3], [20]]
@@ -284,6 +379,14 @@ def test_a_presets_context_grows_with_what_is_measured() -> None:
         ("decode", ["repeats=0"], SettingsError, "'repeats'"),
         ("decode", ["dtype=float12"], SettingsError, "dtype must be auto or one of"),
         ("decode", ["no/such/model"], ModelError, "no/such/model"),
+        ("decode", ["quantize=int7"], SettingsError, "int7"),
+        ("decode", ["MODEL", "quantize=gptq"], SettingsError, "calibrated with text"),
+        (
+            "prefill",
+            ["MODEL", "prompt=[9]", "quantize.scheme=int8", "quantize.exceptions.x=keep"],
+            SettingsError,
+            "'x' matches no matrix",
+        ),
         ("prefill", ["prompt=[0]"], SettingsError, "prompt must name lengths of at least 1"),
         (
             "prefill",

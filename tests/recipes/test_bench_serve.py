@@ -466,3 +466,18 @@ def test_a_server_under_load_and_a_row_for_every_load(directory: Path) -> None:
     assert 2 < four["mean_batch"] <= 4
     assert one["added_to_the_engine_alone"] > -0.5  # so small a model is as fast as chance has it
     assert arriving["added_to_the_engine_alone"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_short")
+def test_a_quantized_server_and_the_engine_alone_have_the_same_model(directory: Path) -> None:
+    pytest.importorskip("fastapi")
+    said: list[str] = []
+    arguments = ["clients=[2]", "requests=4", "repeats=1", "prompt=[2, 9]", "new=[2, 5]", "dtype=bfloat16",
+                 "threads=1", "quantize=int8"]  # fmt: skip
+    (result,) = bench("serve", [str(directory), *arguments], None, said.append, silent)["results"]
+    assert "bits per weight read, computing in bfloat16" in said[0]
+    assert result["details"]["bits_per_weight"] < 16
+    assert result["details"]["requests"] == 4
+    again = parse(ServeBenchSettings, json.loads(json.dumps(result["settings"])))
+    assert again.quantize is not None and again.quantize.scheme == "int8"

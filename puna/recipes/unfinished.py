@@ -1,0 +1,220 @@
+"""A quantization in progress: `DST.partial`, which holds every finished step and what the next one needs.
+
+    manifest.json           what decides the result, and what is known of each finished step
+    step-00000.safetensors  the tensors of a step as they are to be stored
+    NAME-PLACE.states       hidden states
+    .lock                   held by the process that works here
+
+A step counts once the manifest names it, which is written last: a kill at any moment leaves whole steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import safe_open
+from torch import Tensor
+
+from puna.errors import ModelError, RunBusyError
+from puna.files import disk_errors, sync_directory, sync_file, write_atomically
+from puna.model.weights import Packed
+
+VERSION = 1
+MANIFEST = "manifest.json"
+_LOCK = ".lock"
+_WORTH_KEEPING = 2  # steps: the embedding alone is made in a moment
+_SCALES = "|scales"  # after the name of a matrix whose codes lie under that name
+
+
+class Unfinished:
+    """The steps that are done, and the directory to work in; `records` has what is known of each step."""
+
+    def __init__(self, directory: Path, identity: dict[str, Any], records: list[dict[str, Any]]) -> None:
+        self.directory, self.identity, self.records = directory, identity, records
+
+    def finish(self, tensors: dict[str, Tensor | Packed], record: dict[str, Any]) -> None:
+        """Add a step; its states are on the disk already.
+
+        Raises:
+            OSError: as it comes; the step then does not count.
+        """
+        file = self._step(len(self.records))
+        plain, schemes = _apart(tensors)
+        safetensors.torch.save_file(plain, file, metadata={"tensors": json.dumps(schemes)})
+        sync_file(file)
+        self.records.append(record)
+        try:
+            self.write()
+        except BaseException:
+            self.records.pop()
+            raise
+
+    def write(self) -> None:
+        """The manifest, onto the disk."""
+        content = {"version": VERSION, "identity": self.identity, "steps": self.records}
+        write_atomically(self.directory / MANIFEST, json.dumps(content, indent=1) + "\n")
+
+    def tensors(self) -> Iterator[tuple[str, Tensor | Packed]]:
+        """Every tensor of every finished step, in order."""
+        for number in range(len(self.records)):
+            with safe_open(self._step(number), framework="pt") as file:
+                for name, (scheme, shape) in json.loads(file.metadata()["tensors"]).items():
+                    data = file.get_tensor(name)
+                    if scheme is None:
+                        yield name, data
+                    else:
+                        yield name, Packed(scheme, data, file.get_tensor(name + _SCALES), tuple(shape))
+
+    def keep_only(self, states: Sequence[Path]) -> None:
+        """Remove hidden states that no step needs any more, and what a killed step left."""
+        kept = {path.name for path in states} | {MANIFEST, _LOCK}
+        kept |= {self._step(number).name for number in range(len(self.records))}
+        for path in self.directory.iterdir():
+            if path.name not in kept:
+                path.unlink()
+
+    def _step(self, number: int) -> Path:
+        return self.directory / f"step-{number:05}.safetensors"
+
+
+def partial_of(target: Path) -> Path:
+    """Where a quantization to `target` lies while it is not finished."""
+    return target.with_name(f"{target.name}.partial")
+
+
+@contextlib.contextmanager
+def unfinished(target: Path, identity: dict[str, Any], resume: bool, force: bool) -> Iterator[Unfinished]:
+    """Hold `target`'s unfinished quantization against other processes, making it if need be.
+
+    It stays where something in it can be gone on with, and is removed after a success.
+
+    Args:
+        target: what is to be written.
+        identity: what decides the result, as JSON.
+        resume: go on with what is there.
+        force: begin again where something is there.
+
+    Raises:
+        ModelError: something is there that cannot be gone on with, or is not to be.
+        RunBusyError: another process works on it.
+        ResourceError: the disk is full.
+    """
+    directory = partial_of(target)
+    with (
+        disk_errors(f"working in {directory}", directory, ModelError, _ADVICE),
+        contextlib.ExitStack() as stack,
+    ):
+        directory.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(_locked(directory))
+        stack.callback(_remove_if_empty, directory)
+        found = _found(directory, identity, resume, force)
+        found.write()
+        try:
+            yield found
+        except BaseException:
+            if len(found.records) < _WORTH_KEEPING:
+                _remove(directory)
+            raise
+        _remove(directory)
+
+
+_ADVICE = "free some space and go on with --resume"
+
+
+def _found(directory: Path, identity: dict[str, Any], resume: bool, force: bool) -> Unfinished:
+    manifest = directory / MANIFEST
+    if not manifest.is_file():
+        foreign = sorted(path.name for path in directory.iterdir() if path.name != _LOCK)
+        if any(not name.endswith(".states") for name in foreign):
+            raise ModelError(
+                f"{directory} holds {foreign[0]}, and no quantization; move it, or choose another name"
+            )
+        return Unfinished(directory, identity, [])
+    if force and not resume:
+        return Unfinished(directory, identity, [])
+    stored = _read(manifest)
+    steps = stored["steps"]
+    if not resume and steps:
+        raise ModelError(
+            f"{directory} holds {len(steps)} finished steps of an earlier run; go on with it by --resume, or "
+            "begin again with --force"
+        )
+    changed = _changed(stored["identity"], identity)
+    if resume and changed and steps:
+        raise ModelError(
+            f"{directory} was begun with another {changed}; take the same, or begin again with --force"
+        )
+    return Unfinished(directory, identity, steps if resume and not changed else [])
+
+
+def _read(manifest: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(manifest.read_text(encoding="utf-8"))
+        whole = stored["version"] == VERSION and isinstance(stored["steps"], list)
+        whole = whole and isinstance(stored["identity"], dict)
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ModelError(f"{manifest}: damaged, or of another version; begin again with --force")
+    return stored
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
+    """The first part in which two identities differ, dotted; empty where none does."""
+    for key in {**before, **now}:
+        a, b = before.get(key), now.get(key)
+        if a == b:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            return _changed(a, b, f"{prefix}{key}.")
+        return f"{prefix}{key} ({a!r}, now {b!r})" if len(f"{a!r}{b!r}") < 120 else f"{prefix}{key}"
+    return ""
+
+
+def _apart(
+    tensors: dict[str, Tensor | Packed],
+) -> tuple[dict[str, Tensor], dict[str, tuple[str | None, list[int]]]]:
+    """Plain tensors by name, and of each value its scheme and shape."""
+    plain: dict[str, Tensor] = {}
+    schemes: dict[str, tuple[str | None, list[int]]] = {}
+    for name, value in tensors.items():
+        schemes[name] = (value.scheme if isinstance(value, Packed) else None, list(value.shape))
+        if not isinstance(value, Packed):
+            plain[name] = value.contiguous()
+            continue
+        assert value.scales is not None
+        plain[name], plain[name + _SCALES] = value.data.contiguous(), value.scales.contiguous()
+    return plain, schemes
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    with (directory / _LOCK).open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunBusyError(f"another process works in {directory}; wait for it, or stop it") from None
+        yield
+
+
+def _remove(directory: Path) -> None:
+    """The lock last: until then nobody else begins here."""
+    for path in directory.iterdir():
+        if path.name != _LOCK:
+            path.unlink()
+    shutil.rmtree(directory, ignore_errors=True)
+    sync_directory(directory.parent)
+
+
+def _remove_if_empty(directory: Path) -> None:
+    if directory.is_dir() and not (directory / MANIFEST).is_file():
+        (directory / _LOCK).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            directory.rmdir()
