@@ -1,16 +1,17 @@
 """`puna serve` beside llama.cpp's `llama-server` and `transformers serve`, on equal terms in one run.
 
     python benchmarks/serving.py DIRECTORY --tokenizer FILE --llama-server PROGRAM
-        [--transformers-python PYTHON] [--preset puna-110m] [--dtype bfloat16] [--clients 1 4 16]
+        [--transformers-python PYTHON] [--preset puna-110m] [--format bfloat16] [--clients 1 4 16]
         [--rates 0.5] [--requests 32] [--prompt 16 256] [--new 16 128] [--rounds 3] [--threads N]
         [--parallel 16] [--who puna llama-server transformers]
 
 Writes a model of random weights to DIRECTORY (where it is not there already) as a Hugging Face directory and
 as a GGUF file, both with the tokenizer in FILE, whose vocabulary must be the preset's (that of Llama 2 for
-those of 32,000), then starts a server of each program with the same weights in the same type and as many
-threads. All get the same requests from the same client: prompts of words, greedy streams, answers of a number
-of tokens that nothing ends early. They take turns, and those that wait are stopped meanwhile (SIGSTOP); what
-is compared is the same round's. Times are the client's: to the first text, and from one token to the next.
+those of 32,000), then starts a server of each program with the same weights in the same format, one of
+benchmarks/same_weights.py (transformers: bfloat16 and float32 only), and as many threads. All get the same
+requests from the same client: prompts of words, greedy streams, answers of a number of tokens that nothing
+ends early. They take turns, and those that wait are stopped meanwhile (SIGSTOP); what is compared is the same
+round's. Times are the client's: to the first text, and from one token to the next.
 
 - puna: `puna serve` with its defaults, so that answers do not depend on each other.
 - llama-server: continuous batching, its default, in so many slots (`--parallel`); keys and values in float16,
@@ -38,12 +39,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from same_weights import FORMATS, Weights
 
-from puna import formats, tokenizer
-from puna.formats.convert import convert
-from puna.formats.huggingface.directory import HuggingFaceSettings
-from puna.model.initial import initial_weights
-from puna.model.presets import preset
+from puna import tokenizer
 from puna.plan.measure import measure_reading
 from puna.recipes.bench_figures import percentile
 from puna.recipes.load_generator import (
@@ -76,18 +74,18 @@ class Program:
 
 
 def puna(options: argparse.Namespace, port: int) -> list[str]:
-    model, waiting = str(options.directory / "hf"), f"max_waiting={max(options.requests, *options.clients)}"
+    model, waiting = str(_served(options)), f"max_waiting={max(options.requests, *options.clients)}"
     command = [sys.executable, "-m", "puna", "serve", model, waiting, "--port", str(port)]
-    return [*command, "--device", "cpu", "--dtype", options.dtype]
+    return [*command, "--device", "cpu", "--dtype", options.weights.dtype]
 
 
 def llama_server(options: argparse.Namespace, port: int) -> list[str]:
     slot = -(-_longest(options) // BLOCK) * BLOCK
-    command = [options.llama_server, "-m", str(options.directory / f"{options.dtype}.gguf")]
+    command = [options.llama_server, "-m", str(options.weights.gguf)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--no-webui", "--cache-ram", "0"]
     command += ["--parallel", str(options.parallel), "-c", str(options.parallel * slot)]
     command += ["-t", str(options.threads), "-tb", str(options.threads)]
-    return command + (["-ctk", "f32", "-ctv", "f32"] if options.dtype == "float32" else [])
+    return command + (["-ctk", "f32", "-ctv", "f32"] if options.format == "float32" else [])
 
 
 def transformers(options: argparse.Namespace, port: int) -> list[str]:
@@ -99,7 +97,7 @@ def transformers(options: argparse.Namespace, port: int) -> list[str]:
 def transformers_alone(options: argparse.Namespace, port: int) -> list[str]:
     command = [options.transformers_python, "-m", "transformers.cli.transformers", "serve"]
     command += [str(options.directory / "hf"), "--device", "cpu"]
-    return [*command, "--dtype", options.dtype, "--host", "127.0.0.1", "--port", str(port)]
+    return [*command, "--dtype", options.format, "--host", "127.0.0.1", "--port", str(port)]
 
 
 # No token has the id -1: none ends an answer.
@@ -138,9 +136,8 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
     _make(options)
-    about = {
-        name: str(value) for name, value in vars(options).items() if name not in ("directory", "tokenizer")
-    }
+    hidden = ("directory", "tokenizer", "weights")
+    about = {name: str(value) for name, value in vars(options).items() if name not in hidden}
     versions = {
         name: importlib.metadata.version(name) for name in ("torch", "transformers", "llama_cpp_python")
     }
@@ -162,7 +159,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--llama-server", default="llama-server")
     parser.add_argument("--transformers-python", default=sys.executable)
     parser.add_argument("--preset", default="puna-110m")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--format", default="bfloat16", choices=FORMATS)
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 4, 16])
     parser.add_argument("--rates", type=float, nargs="*", default=[])
     parser.add_argument("--requests", type=int, default=32)
@@ -174,7 +171,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--who", nargs="+", choices=PROGRAMS, default=["puna", "llama-server", "transformers"]
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.format not in ("bfloat16", "float32"):
+        options.who = [name for name in options.who if not name.startswith("transformers")]
+    options.weights = Weights(options.directory, options.format)
+    return options
 
 
 def _longest(options: argparse.Namespace) -> int:
@@ -183,16 +184,15 @@ def _longest(options: argparse.Namespace) -> int:
 
 
 def _make(options: argparse.Namespace) -> None:
-    directory, gguf = options.directory / "hf", options.directory / f"{options.dtype}.gguf"
-    if not directory.exists():
-        options.directory.mkdir(parents=True, exist_ok=True)
-        own = preset(options.preset)
-        length = max(own.max_position_embeddings, _longest(options))
-        weights = initial_weights(own.model_copy(update={"max_position_embeddings": length}), seed=0)
-        settings = HuggingFaceSettings(dtype="bfloat16")  # what float32 holds too: the numbers are the same
-        formats.save(directory, weights, tokenizer.load(options.tokenizer), settings=settings)
-    if not gguf.exists() and "llama-server" in options.who:
-        convert(formats.open_model(directory), gguf, "gguf", {"dtype": options.dtype}, verify=None)
+    options.weights.make(options.preset, _longest(options), options.tokenizer)
+    rounded = _served(options)
+    if options.weights.quantize is not None and not rounded.exists():
+        options.weights.load().save(rounded)
+
+
+def _served(options: argparse.Namespace) -> Path:
+    """What Puna serves: a command opens what is on disk, and so what is rounded is saved first."""
+    return options.weights.puna if options.weights.quantize is None else options.directory / options.format
 
 
 def _words(path: Path) -> list[str]:
