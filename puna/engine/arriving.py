@@ -20,7 +20,7 @@ from puna.formats.packed import canonical, plain
 from puna.formats.source import Source
 from puna.model.weights import Packed
 from puna.quantize.loading import runs
-from puna.quantize.recipe import Recipe, choices
+from puna.quantize.recipe import Recipe, choices, settled
 from puna.quantize.release import release, trim
 from puna.quantize.schemes import SCHEMES, Format, quantized
 from puna.settings import parse
@@ -66,7 +66,8 @@ class Arriving:
         self._nf4 = 0
         if recipe is not None:
             _check_plain(source, recipe)
-            self._formats = {name: each.format for name, each in choices(recipe, source.config).items()}
+            chosen = choices(settled(recipe, source.dtype), source.config)
+            self._formats = {name: each.format for name, each in chosen.items()}
 
     def __iter__(self) -> Iterator[tuple[str, Tensor | Packed]]:
         left = 0  # bytes copied since the last time that what was freed was given back

@@ -1,4 +1,4 @@
-"""A packed model on a CPU as one call: its layers over a step's rows, captured once, checked at every step.
+"""A packed model on a CPU as one call: its layers over a step's rows, captured once, checked at every prompt.
 
 What is captured are the addresses of its tensors. They are the model's own: an update of the weights in place
 counts. Where a module or a tensor was replaced since, `holds` says so, and a new one is to be made.
@@ -52,7 +52,7 @@ class Captured:
         return None if call is None else cls(model, cache, call)
 
     def holds(self) -> bool:
-        """Whether it still is the model's: a quick look at every step."""
+        """Whether it still is the model's."""
         return self._watched.as_found()
 
     def run(self, ids: list[int], positions: list[int], chosen: Items[int]) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ class _Watched:
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
 
     def as_found(self) -> bool:
-        """Without a loop in Python: this is done for every token."""
+        """Without a loop in Python: this is done for every part of a prompt."""
         found = list(self._found())
         return (
             len(found) == len(self._held)

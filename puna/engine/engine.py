@@ -234,7 +234,8 @@ class Engine:
 
     def _chosen(self, parts: list[Part]) -> tuple[list[Choice | ModelError], float]:
         """What each sampled part's sequence goes on with, and when the logits were there."""
-        self._forward.look()
+        if not all(part.sequence.tokens for part in parts):  # a look at all parts costs as much as a layer
+            self._forward.look()
         with _generating(self._forward.touched):
             hidden, logits = self._hidden(parts)
             self._note_prompts(parts, _ends(parts), hidden)

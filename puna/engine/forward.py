@@ -47,7 +47,7 @@ class Forward:
         return () if self._captured is not None else self._modules
 
     def look(self) -> None:
-        """See before a pass whether the model's parts are those that were captured."""
+        """See whether the model's parts are still those that were captured."""
         if self._captured is not None and not self._captured.holds():
             self._captured = Captured.of(self._model, self._cache)
 

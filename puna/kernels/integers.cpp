@@ -369,8 +369,7 @@ template <class Kind, class M> void multiply(const Product<M>& call) {
     const double products = double(matrix.inputs) * matrix.outputs * std::max<int64_t>(call.rows, 4);
     const bool little = products < LITTLE * least();
     const int pieces = int(chunks * pieces_of_rows);
-    for_each(pieces, little ? 1 : call.threads, [&](int which) {
-        const int piece = pieces - 1 - which;  // memory is read upwards
+    for_stretches(pieces, little ? 1 : call.threads, [&](int piece) {
         const long some = piece % pieces_of_rows, first = piece / pieces_of_rows * chunk;
         for (long panel = first; panel < std::min(panels, first + chunk); ++panel)
             work.panel(panel, blocks * some / pieces_of_rows, blocks * (some + 1) / pieces_of_rows);

@@ -183,8 +183,7 @@ template <class M> void multiply(const Product<M>& call) {
     for_each(int(blocks), blocks > 4 ? call.threads : 1, [&](int which) { work.turn(which); });
     const bool little = double(call.inputs) * call.outputs * std::max<int64_t>(call.rows, 4) < LITTLE * least();
     const int pieces = int(chunks * groups);
-    for_each(pieces, little ? 1 : call.threads, [&](int which) {
-        const int piece = pieces - 1 - which;  // memory is read upwards
+    for_stretches(pieces, little ? 1 : call.threads, [&](int piece) {
         const long group = piece % groups, first = piece / groups * chunk;
         for (long panel = first; panel < std::min(panels, first + chunk); ++panel)
             work.panel(panel, blocks * group / groups, blocks * (group + 1) / groups);

@@ -37,6 +37,47 @@ template <class Work> void for_each(int size, int threads, const Work& work) {
     else Queue<Work>::run(&queue);
 }
 
+// Work that reads memory from one end to the other, shared out in stretches: each thread goes on where it was,
+// and takes from the stretches of others when its own is done.
+template <class Work> class Stretches {
+    static constexpr int MOST = 32;
+    struct alignas(64) Stretch {
+        std::atomic<int> next;
+        int end;
+    };
+    Stretch stretches[MOST];
+    const int count;
+    std::atomic<int> joined{0};
+    const Work& work;
+
+public:
+    Stretches(int size, int threads, const Work& work) : count(threads < MOST ? threads : MOST), work(work) {
+        for (long s = 0; s < count; ++s) {
+            stretches[s].next = int(size * s / count);
+            stretches[s].end = int(size * (s + 1) / count);
+        }
+    }
+
+    static void run(void* self) {
+        auto& all = *static_cast<Stretches*>(self);
+        const int own = all.joined++;
+        for (int s = 0; s < all.count; ++s) {
+            Stretch& stretch = all.stretches[(own + s) % all.count];
+            for (int i; (i = stretch.next++) < stretch.end;) all.work(i);
+        }
+    }
+};
+
+// work(i) of every i < size, upwards in a few stretches.
+template <class Work> void for_stretches(int size, int threads, const Work& work) {
+    if (threads < 2 || size < 2 || !fork_threads) {
+        for (int i = 0; i < size; ++i) work(i);
+        return;
+    }
+    Stretches<Work> stretches(size, threads, work);
+    fork_threads(Stretches<Work>::run, &stretches, unsigned(threads), 0);
+}
+
 // What work must exceed to be shared out, of what it must where threads have to be woken for it.
 inline double least() { return leads && leads() ? 1.0 / 16 : 1.0; }
 

@@ -78,10 +78,10 @@ How = Annotated[str, AfterValidator(_known)]
 class Recipe(Settings):
     """How a model is quantized. Norms and biases never are.
 
-    `group` is that of the scheme, `scales` the type of all scales; None is each scheme's own choice. The
-    output projection (auto) is int8 where the others are whole numbers, and kept in nf4 or where it is the
-    embedding too. `exceptions` names modules or tensors by pattern (`*`, `?`, `[…]`), each with what is done
-    instead; the last that matches wins.
+    `group` is that of the scheme, `scales` the type of all scales; None is each scheme's own choice, and
+    bfloat16 of a bfloat16 model (`settled`). The output projection (auto) is int8 where the others are whole
+    numbers, and kept in nf4 or where it is the embedding too. `exceptions` names modules or tensors by
+    pattern (`*`, `?`, `[…]`), each with what is done instead; the last that matches wins.
     """
 
     scheme: Literal["int8", "int4", "gptq", "nf4"] = "int8"
@@ -145,6 +145,16 @@ class Recipe(Settings):
             return found
         # Of a whole row's scale the bits do not count; by groups it is what GGUF's Q8_0 has.
         return torch.float16 if format.scheme == "int8" and format.group else format.scales
+
+
+def settled(recipe: Recipe, stored: torch.dtype) -> Recipe:
+    """The recipe for a model that is stored in a type: scales left open are bfloat16 where the rest is.
+
+    Whoever opens the directory elsewhere has one type for all; float16 beside bfloat16 would make it float32.
+    """
+    if recipe.scales is not None or recipe.scheme == "nf4" or stored != torch.bfloat16:
+        return recipe
+    return recipe.model_copy(update={"scales": "bfloat16"})
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -23,7 +23,7 @@ from puna.formats.saving import check_destination
 from puna.model.config import ModelConfig
 from puna.model.weights import Packed, shapes
 from puna.progress import quantity
-from puna.quantize.recipe import EMBEDDING, Choice, choices
+from puna.quantize.recipe import EMBEDDING, Choice, choices, settled
 from puna.recipes.calibration import Text, read_text
 from puna.recipes.damage import worst
 from puna.recipes.hidden_states import HiddenStates
@@ -154,6 +154,7 @@ def prepared(
         InputError: as `puna.recipes.quantization.quantize`.
     """
     _refuse_quantized(source)
+    settings = settings.model_copy(update={"recipe": settled(settings.recipe, source.dtype)})
     chosen = choices(settings.recipe, source.config)
     calibrated = [name for name, choice in chosen.items() if choice.scheme == "gptq"]
     if EMBEDDING in calibrated:

@@ -18,19 +18,21 @@ from tests.model.shapes import model_of
 from tests.tokenizer.hard_strings import corpus_lines, drawn
 
 WHOLE, SHARE = 100_000, 40
-SCALES = [pytest.param(SHARE, id="sample"), pytest.param(1, id="whole", marks=pytest.mark.slow)]
 JOURNEYS = {  # each step read by its own reader
     "llama2": ("tokenizers/llama2/tokenizer.model", ("m.gguf", "hf", "m.bin", "meta", "n.gguf")),
     "llama3": ("tokenizers/llama3/tokenizer.model", ("m.gguf", "hf", "meta", "n.gguf")),
 }
+CASES = [
+    pytest.param("llama2", SHARE, id="llama2-sample"),
+    *(pytest.param(name, 1, id=f"{name}-whole", marks=pytest.mark.slow) for name in JOURNEYS),
+]
 
 
 def kind_of(name: str) -> str:
     return {"gguf": "gguf", "bin": "llama2c"}.get(name.rpartition(".")[2], name)
 
 
-@pytest.mark.parametrize("share", SCALES)
-@pytest.mark.parametrize("name", JOURNEYS)
+@pytest.mark.parametrize(("name", "share"), CASES)
 def test_ids_are_the_same_after_every_conversion(name: str, share: int, assets: Path, tmp_path: Path) -> None:
     file, journey = JOURNEYS[name]
     tokenizer = load(assets / file)

@@ -11,7 +11,7 @@ import torch
 from puna.errors import ModelError, SettingsError
 from puna.model.config import ModelConfig
 from puna.model.weights import Packed, shapes
-from puna.quantize.recipe import Choice, Recipe, choices, not_quantized
+from puna.quantize.recipe import Choice, Recipe, choices, not_quantized, settled
 from puna.quantize.schemes import Format
 from puna.settings import read_settings, to_toml
 
@@ -175,3 +175,11 @@ def test_a_quantized_tensor_is_refused() -> None:
         ModelError, match=r"up_proj\.weight is q4_0 already, .* give the model in full precision"
     ):
         not_quantized(UP, packed)
+
+
+def test_scales_left_open_are_a_bfloat16_models_own() -> None:
+    """A directory is opened in one type: float16 scales would make all else float32."""
+    assert settled(Recipe(scheme="int4"), torch.bfloat16).scales == "bfloat16"
+    assert settled(Recipe(scheme="int4"), torch.float16) == Recipe(scheme="int4")
+    assert settled(Recipe(scales="float16"), torch.bfloat16).scales == "float16"
+    assert settled(Recipe(scheme="nf4"), torch.bfloat16).scales is None

@@ -81,7 +81,7 @@ def test_a_prompt_too_long_for_samples(tmp_path: Path, text: Path) -> None:
 
 def test_a_model_too_large_for_memory(tmp_path: Path, text: Path) -> None:
     fields = {
-        "hidden_size": 4_000_000,
+        "hidden_size": 400_000_000,
         "intermediate_size": 64,
         "num_hidden_layers": 1,
         "num_attention_heads": 4,
