@@ -90,8 +90,8 @@ class Arriving:
             each = ", ".join(f"{count} of {scheme}" for scheme, count in self._expanded.most_common())
             kind = str(self._dtype).removeprefix("torch.")
             notes.append(
-                f"{self._expanded.total():,} quantized matrices ({each}) are expanded to {kind}, and as slow "
-                "and large as that: products here take int8 and int4, on a CPU with a compiler"
+                f"{self._expanded.total():,} quantized matrices ({each}) are expanded to {kind}, as slow and "
+                "large as that, and saved so: products here take int8 and int4, on a CPU with a compiler"
             )
         if self._nf4:
             notes.append(

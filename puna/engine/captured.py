@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from puna.engine.cache import PagedCache
+from puna.errors import ModelError
 from puna.kernels.decoder import Decoder, Layer, Norm, Parts, decoder
 from puna.kernels.matrix import Matrix
 from puna.kernels.pages import Pages
@@ -59,8 +60,15 @@ class Captured:
         """Normalised hidden states (R, D) of rows, and the logits (C, V) of the chosen ones.
 
         Whose the rows are was told to the cache.
+
+        Raises:
+            ModelError: the model has another number type since.
         """
         x = self._model.model.embed_tokens(torch.tensor([ids]))[0].contiguous()
+        if x.dtype != self._cache.dtype:
+            raise ModelError(
+                f"the model became {x.dtype} while it answered from a {self._cache.dtype} cache; ask again"
+            )
         return self._call(x, *self._angles(positions, self._cache.rope_lengths), self._cache.step, chosen)
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from fractions import Fraction
@@ -28,6 +29,8 @@ from puna.quantize import packing
 from puna.settings import parse
 from puna.tokenizer import chat as chats
 from puna.tokenizer.tokenizer import Tokenizer
+
+_REBUILDING = threading.RLock()  # several threads may ask for a model's first answer at once
 
 
 class LLM:
@@ -97,6 +100,10 @@ class LLM:
         Raises:
             ResourceError: there is too little memory for keys and values.
         """
+        with _REBUILDING:
+            return self._engine_as_it_is()
+
+    def _engine_as_it_is(self) -> Engine:
         if self._packs:
             self.pack()
         structure = _structure(self.model, self.engine_settings)
@@ -118,7 +125,8 @@ class LLM:
         """
         learns = self.model.training or any(p.grad is not None for p in self.model.parameters())
         if self.device.type == "cpu" and not learns:
-            packing.pack(self.model)
+            with _REBUILDING:
+                packing.pack(self.model)
 
     def unpack(self) -> None:
         """Undo `pack`, for good: the same weights, bit for bit, in the modules of the model file.
@@ -126,8 +134,9 @@ class LLM:
         Those in floating point can be trained; matrices of whole numbers remain what they are, each in a
         layer of its own that passes gradients on.
         """
-        self._packs = False
-        packing.unpack(self.model)
+        with _REBUILDING:
+            self._packs = False
+            packing.unpack(self.model)
 
     @overload
     def generate(self, prompt: Prompt, *, specials: bool = False, **sampling: Any) -> Completion: ...

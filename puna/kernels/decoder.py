@@ -190,6 +190,7 @@ class _Maker:
         )
 
     def norm(self, norm: Norm) -> _Norm:
+        self.held.append(norm.weight.detach())
         return _Norm(norm.weight.data_ptr(), norm.eps)
 
     def linear(self, matrices: Sequence[Matrix]) -> _Linear:
@@ -208,7 +209,9 @@ class _Maker:
         if call is None:
             raise LookupError(one.kind)
         told = matrix.described(one)
-        self.held.append(told)
+        # A parameter may be given other memory (`.data = …`) while its old memory is read here.
+        kept = [x.detach() for x in (one.panels, one.scales, one.bias) if x is not None]
+        self.held += [told, kept]
         return _Product(ctypes.addressof(told), _address(call))
 
 

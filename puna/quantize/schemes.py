@@ -120,7 +120,9 @@ def mended(name: str, inputs: int, format: Format) -> str:
     """What to ask for instead of a group that does not divide the inputs of a tensor."""
     pattern = f"*.{name.removesuffix('.weight').rpartition('.')[2]}"
     smaller = "set group=32, or " if format.group == 128 and inputs % 32 == 0 else ""
-    return f"{smaller}add exceptions.'{pattern}'=int8 (one scale per channel fits any shape), or =keep"
+    if format.scheme == "nf4":
+        return f"--except '{pattern}=keep' leaves such matrices as they are"
+    return f"{smaller}--except '{pattern}=int8' (one scale per channel fits any shape), or =keep"
 
 
 def finite(matrix: Tensor, name: str) -> Tensor:

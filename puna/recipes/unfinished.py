@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import shutil
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ VERSION = 1
 MANIFEST = "manifest.json"
 _LOCK = ".lock"
 _WORTH_KEEPING = 2  # steps: the embedding alone is made in a moment
+_OURS = re.compile(
+    r"manifest\.json.*|\.lock|step-\d{5}\.safetensors|(source|numbers|engine|fitted|aimed)-.*\.states"
+)
 _SCALES = "|scales"  # after the name of a matrix whose codes lie under that name
 
 
@@ -77,7 +80,7 @@ class Unfinished:
         kept = {path.name for path in states} | {MANIFEST, _LOCK}
         kept |= {self._step(number).name for number in range(len(self.records))}
         for path in self.directory.iterdir():
-            if path.name not in kept:
+            if path.name not in kept and _OURS.fullmatch(path.name):
                 path.unlink()
 
     def _step(self, number: int) -> Path:
@@ -129,17 +132,14 @@ _ADVICE = "free some space and go on with --resume"
 
 
 def _found(directory: Path, identity: dict[str, Any], resume: bool, force: bool) -> Unfinished:
+    foreign = sorted(path.name for path in directory.iterdir() if not _OURS.fullmatch(path.name))
     manifest = directory / MANIFEST
-    if not manifest.is_file():
-        foreign = sorted(path.name for path in directory.iterdir() if path.name != _LOCK)
-        if any(not name.endswith(".states") for name in foreign):
-            raise ModelError(
-                f"{directory} holds {foreign[0]}, and no quantization; move it, or choose another name"
-            )
+    stored = _read(manifest) if manifest.is_file() else None
+    if foreign or (stored is None and any(directory.glob("step-*"))):
+        shown = foreign[0] if foreign else "steps without their manifest"
+        raise ModelError(f"{directory} holds {shown}, which is no part of a quantization; move it away")
+    if stored is None or (force and not resume):
         return Unfinished(directory, identity, [])
-    if force and not resume:
-        return Unfinished(directory, identity, [])
-    stored = _read(manifest)
     steps = stored["steps"]
     if not resume and steps:
         raise ModelError(
@@ -162,7 +162,9 @@ def _read(manifest: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         whole = False
     if not whole:
-        raise ModelError(f"{manifest}: damaged, or of another version; begin again with --force")
+        raise ModelError(
+            f"{manifest}: damaged, or of another version; remove {manifest.parent} if it is not needed"
+        )
     return stored
 
 
@@ -206,10 +208,11 @@ def _locked(directory: Path) -> Iterator[None]:
 
 def _remove(directory: Path) -> None:
     """The lock last: until then nobody else begins here."""
-    for path in directory.iterdir():
-        if path.name != _LOCK:
-            path.unlink()
-    shutil.rmtree(directory, ignore_errors=True)
+    ours = [path for path in directory.iterdir() if _OURS.fullmatch(path.name)]
+    for path in sorted(ours, key=lambda path: path.name == _LOCK):
+        path.unlink()
+    with contextlib.suppress(OSError):  # somebody put something of theirs here meanwhile
+        directory.rmdir()
     sync_directory(directory.parent)
 
 

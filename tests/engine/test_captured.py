@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from puna.engine.cache import PagedCache
 from puna.engine.captured import Captured
 from puna.engine.engine import Engine
 from puna.engine.llm import LLM
+from puna.errors import ModelError
 from puna.kernels import integers
 from puna.kernels.library import load
 from puna.kernels.matrix import Matrix
@@ -192,6 +194,41 @@ def test_a_model_that_is_another_is_noticed(change: Callable[[Llama], None]) -> 
     change(model)
     assert not ours.holds()
     assert (Captured.of(model, cache) is not None) == (change is replaced)
+
+
+def test_memory_that_parameters_had_is_read_until_the_next_look() -> None:
+    """`share_memory`, or `.data = …`: what is read must not have been given to somebody else."""
+    model = packed(CONFIGS["grouped"])
+    cache = cache_of(model)
+    cache.begin([[0]], [0], [3], 3)
+    ours = captured(model, cache)
+    before = in_one(ours, [1, 2, 3], [0, 1, 2], [2])
+    for parameter in (*model.model.layers.parameters(), *model.lm_head.parameters()):
+        parameter.data = torch.zeros_like(parameter)
+    taken = [torch.full_like(x, 7) for x in model.parameters() for _ in range(4)]
+    assert taken and torch.equal(in_one(ours, [1, 2, 3], [0, 1, 2], [2]), before)
+    assert not ours.holds()
+
+
+def test_a_type_changed_while_it_answers_is_told(llm: LLM) -> None:
+    ours = LLM(model_of(llm.config).eval(), llm.tokenizer)
+    ours.pack()
+    stream = ours.stream("def f(", max_new_tokens=30, temperature=0.0, ignore_eos=True)
+    next(stream)
+    ours.model.to(torch.bfloat16)
+    with pytest.raises(ModelError, match="while it answered"):
+        list(stream)
+    assert ours.generate([1, 2], max_new_tokens=3, ignore_eos=True).tokens
+
+
+def test_threads_that_ask_for_the_first_answer_at_once(llm: LLM) -> None:
+    for _ in range(3):
+        ours = LLM(model_of(llm.config).eval(), llm.tokenizer, packs=True)
+        with ThreadPoolExecutor(4) as pool:
+            asked = [
+                pool.submit(ours.generate, [1, 2, 3], max_new_tokens=4, temperature=0.0) for _ in range(4)
+            ]
+            assert len({tuple(each.result().tokens) for each in asked}) == 1
 
 
 def test_what_is_not_all_packed_is_not_captured() -> None:

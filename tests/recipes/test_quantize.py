@@ -308,13 +308,29 @@ def test_what_is_resumed_is_the_same(
 def test_a_damaged_manifest(saved: Path, text: Path, tmp_path: Path) -> None:
     partial = tmp_path / "small.partial"
     partial.mkdir()
-    (partial / "notes.txt").write_text("mine")
-    with pytest.raises(ModelError, match=r"holds notes\.txt, and no quantization"):
-        quantized(saved, tmp_path / "small", "int8", text)
     (partial / "manifest.json").write_text("{")
-    with pytest.raises(ModelError, match=r"damaged, or of another version.*--force"):
-        quantized(saved, tmp_path / "small", "int8", text, resume=True)
-    assert (partial / "notes.txt").read_text() == "mine"
+    for how in ({"resume": True}, {"force": True}):
+        with pytest.raises(ModelError, match=r"damaged, or of another version; remove"):
+            quantized(saved, tmp_path / "small", "int8", text, **how)
+
+
+@pytest.mark.parametrize("manifest", [None, "{}", '{"version": 1, "identity": {}, "steps": []}'])
+@pytest.mark.parametrize("name", ["notes.txt", "my.states", "folder"])
+def test_what_is_somebody_elses_stays(
+    saved: Path, text: Path, tmp_path: Path, name: str, manifest: str | None
+) -> None:
+    partial = tmp_path / "small.partial"
+    partial.mkdir()
+    if manifest is not None:
+        (partial / "manifest.json").write_text(manifest)
+    if name == "folder":
+        (partial / name).mkdir()
+    else:
+        (partial / name).write_text("mine")
+    for how in ({}, {"resume": True}, {"force": True}):
+        with pytest.raises(ModelError, match=r"holds|damaged"):
+            quantized(saved, tmp_path / "small", "int8", text, **how)
+        assert (partial / name).exists() and (partial / "manifest.json").exists() == (manifest is not None)
 
 
 IDS = np.arange(600) % 400
