@@ -68,6 +68,11 @@ def lines(record: Mapping[str, Any]) -> Iterator[str]:
             f"suffers most  layer {place['layer']}: {place['own']:.2%} by itself, {place['matrix']} "
             f"{place['error']:.2%}; would help: {place['advice']}"
         )
+    yield from summary(record)
+
+
+def summary(record: Mapping[str, Any]) -> Iterator[str]:
+    """What a record says of the whole model."""
     size = record["size"]
     yield (
         f"size          {quantity(size['before'])}B before, {quantity(size['after'])}B after: "

@@ -10,6 +10,7 @@ from puna import formats
 from puna.errors import LONGEST, printable
 from puna.formats import provenance
 from puna.model.counts import flops_per_token, parameters
+from puna.recipes.damage import summary
 
 Say = Callable[[str], None]
 
@@ -89,22 +90,26 @@ def _provenance_lines(record: dict[str, Any] | None) -> list[str]:
     if isinstance(record.get("source"), dict):
         about, verified = record["source"], record.get("verify")
         lines.append(f"  converted from           {about.get('model')} ({about.get('format')})")
-        verdict = verified.get("verdict") if isinstance(verified, dict) else "not verified"
-        lines.append(f"  compared with it         {verdict}")
-    lines += _quantization_lines(record.get("quantization") or {})
+        if isinstance(verified, dict):
+            lines.append(f"  compared with it         {verified.get('verdict')}")
+        elif not record.get("quantization"):  # whose own figures say how far it is from its source
+            lines.append("  compared with it         not verified")
+    lines += _quantization_lines(record.get("quantization"))
     training = {key: value for key, value in (record.get("training") or {}).items() if value is not None}
     return lines + [f"  {key:<24} {_short(value)}" for key, value in training.items()]
 
 
-def _quantization_lines(said: dict[str, Any]) -> list[str]:
-    """What was recorded when it was quantized: the scheme, and every figure that stands by itself."""
-    size = said.get("size")
-    figures = {**said, **(size if isinstance(size, dict) else {})}
-    shown = {key: value for key, value in figures.items() if isinstance(value, str | int | float)}
-    return [
-        f"  quantized: {key:<13} {f'{value:.5g}' if isinstance(value, float) else _short(value)}"
-        for key, value in shown.items()
-    ]
+def _quantization_lines(said: Any) -> list[str]:
+    """What was recorded when it was quantized; puna.json may have been written by anybody."""
+    if not isinstance(said, dict):
+        return []
+    try:
+        return [
+            f"  quantized by             puna quantize, {said['scheme']}",
+            *map("  {}".format, summary(said)),
+        ]
+    except (KeyError, TypeError, ValueError):
+        return ["  quantized by             a record that this version does not know"]
 
 
 def _short(value: Any) -> str:

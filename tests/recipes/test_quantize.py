@@ -25,6 +25,7 @@ from puna.model.config import ModelConfig
 from puna.model.initial import initial_weights
 from puna.model.weights import Packed, Weights, weights_of
 from puna.recipes import model_quantizer
+from puna.recipes.describe import describe
 from puna.recipes.quantization import quantize
 from puna.recipes.quantize_settings import read_quantize_settings, settings_of
 from puna.recipes.unfinished import partial_of
@@ -618,3 +619,15 @@ def test_a_trained_model(assets: Path, tmp_path: Path) -> None:
     assert abs(record["engine"]["perplexity_change_percent"]) < 1
     assert record["engine"]["kl"] < 0.005
     assert record["engine"]["top1_agreement"] > 0.95
+
+
+def test_info_shows_what_was_recorded(saved: Path, text: Path, tmp_path: Path) -> None:
+    target, told = tmp_path / "small", list[str]()
+    quantized(saved, target, "int8", text)
+    describe(formats.open_model(target), told.append)
+    record = json.loads((target / "puna.json").read_text())
+    assert f"KL {record['quantization']['engine']['kl']:.2e} nats" in "\n".join(told)
+    (target / "puna.json").write_text(json.dumps({**record, "quantization": {"scheme": "theirs"}}))
+    told.clear()
+    describe(formats.open_model(target), told.append)
+    assert "a record that this version does not know" in "\n".join(told)
