@@ -75,18 +75,7 @@ template <class M> float make_whole(const M* x, long count, int8_t* q, int32_t& 
     return scale;
 }
 
-// --- Some rows that are worked on together, and a panel
-
-struct Block {
-    long first;
-    int count;
-};
-
-// Several blocks of about as many rows each.
-inline Block block_of(long rows, long blocks, long which) {
-    const long first = rows * which / blocks;
-    return {first, int(rows * (which + 1) / blocks - first)};
-}
+// --- Some rows and a panel
 
 // Scales of a matrix, from some place on.
 struct Scales {

@@ -73,18 +73,6 @@ template <class M> struct Product {
     int32_t threads;
 };
 
-// Rows first..first + count of a call, as they are worked on together.
-struct Block {
-    long first;
-    int count;
-};
-
-// Several blocks of about as many rows each.
-inline Block block_of(long rows, long blocks, long which) {
-    const long first = rows * which / blocks;
-    return {first, int(rows * (which + 1) / blocks - first)};
-}
-
 // sum[r][o] += Σ x[step][r] · y[step][o] over steps in order, for R rows and a slice of the outputs.
 template <class M, int R>
 void add_steps(const typename Step<M>::Term* x, const typename Step<M>::Place* y, long steps, float* sums) {
