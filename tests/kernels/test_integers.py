@@ -313,7 +313,10 @@ PROCESSORS = {
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="code for x86 processors runs on one")
-@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize(
+    "processor",
+    [name if name == "haswell" else pytest.param(name, marks=pytest.mark.slow) for name in PROCESSORS],
+)
 def test_other_processors_give_the_same_bits(processor: str, tmp_path: Path) -> None:
     information = Path("/proc/cpuinfo")
     able = information.read_text().split() if information.is_file() else []

@@ -256,6 +256,7 @@ def torn(draw: Any) -> bytes:
     return WHOLE[:start] + draw(other) + WHOLE[end:]
 
 
+@pytest.mark.slow
 def test_bodies_of_any_bytes(small: Running) -> None:
     @many(150)
     @given(body=torn() | st.binary(max_size=40))

@@ -596,6 +596,7 @@ def _survives(kinds: list[str], count: int, sound: Path, work: Path) -> str:
     return "\n".join(said)
 
 
+@pytest.mark.slow
 def test_damaged_files(sound: Path, tmp_path: Path) -> None:
     _survives(list(KINDS), 60, sound, tmp_path)
 

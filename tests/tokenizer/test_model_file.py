@@ -53,6 +53,7 @@ def test_the_ids_are_those_of_the_original(original: Path) -> None:
     assert [made.encode(text, True) for text in texts] == [codec.encode(text, True) for text in texts]
 
 
+@pytest.mark.slow
 def test_ranks_come_back_byte_for_byte(assets: Path) -> None:
     path = assets / "tokenizers" / "llama3" / "tokenizer.model"
     made = model_file(codec_of(as_published(load(path).codec.definition())))

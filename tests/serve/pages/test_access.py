@@ -9,6 +9,8 @@ import pytest
 from tests.serve.pages.stage import Stage
 from tests.serve.pages.watching import MARKDOWN, answers, ask, audited, expect, finished, say, set_up, watched
 
+pytestmark = pytest.mark.slow  # a browser takes a second for each
+
 
 def test_the_keyboard_does_everything(chat: Any, stage: Stage) -> None:
     expect(chat.locator("#message")).to_be_focused()

@@ -11,6 +11,8 @@ import pytest
 from tests.serve.pages.stage import MODEL, Stage
 from tests.serve.pages.watching import answers, ask, expect, imported, set_up
 
+pytestmark = pytest.mark.slow  # a browser takes a second for each
+
 
 def test_conversations_are_kept_renamed_and_deleted(chat: Any) -> None:
     ask(chat, "About llamas")

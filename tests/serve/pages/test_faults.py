@@ -9,6 +9,8 @@ import pytest
 from tests.serve.pages.stage import MODEL, Stage
 from tests.serve.pages.watching import answers, ask, expect, finished, say, set_up
 
+pytestmark = pytest.mark.slow  # a browser takes a second for each
+
 
 def test_a_refusal_is_shown_plainly_and_can_be_tried_again(chat: Any, stage: Stage) -> None:
     stage.refusal = (429, "256 answers wait already; ask again later")

@@ -9,6 +9,8 @@ import pytest
 from tests.serve.pages.stage import Stage
 from tests.serve.pages.watching import ATTACKS, MARKDOWN, answers, ask, expect, finished, imported, set_up
 
+pytestmark = pytest.mark.slow  # a browser takes a second for each
+
 RENDERED = [
     ("a\nb", '<p dir="auto">a<br>b</p>'),
     ("**a *b* c**", '<p dir="auto"><strong>a <em>b</em> c</strong></p>'),

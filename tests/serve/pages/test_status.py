@@ -9,6 +9,8 @@ import pytest
 from tests.serve.pages.stage import MODEL, Stage
 from tests.serve.pages.watching import ATTACKS, audited, expect, watched
 
+pytestmark = pytest.mark.slow  # a browser takes a second for each
+
 
 def test_the_live_view_shows_the_figures(live: Any, stage: Stage) -> None:
     expect(live.get_by_role("heading", level=1)).to_have_text(MODEL)
