@@ -222,13 +222,13 @@ def test_a_type_changed_while_it_answers_is_told(llm: LLM) -> None:
 
 
 def test_threads_that_ask_for_the_first_answer_at_once(llm: LLM) -> None:
+    greedy = {"max_new_tokens": 4, "temperature": 0.0, "ignore_eos": True}
     for _ in range(3):
         ours = LLM(model_of(llm.config).eval(), llm.tokenizer, packs=True)
         with ThreadPoolExecutor(4) as pool:
-            asked = [
-                pool.submit(ours.generate, [1, 2, 3], max_new_tokens=4, temperature=0.0) for _ in range(4)
-            ]
-            assert len({tuple(each.result().tokens) for each in asked}) == 1
+            asked = [pool.submit(ours.generate, [1, 2, 3], **greedy) for _ in range(4)]
+            found = {tuple(each.result().tokens) for each in asked}
+        assert found == {tuple(ours.generate([1, 2, 3], **greedy).tokens)}
 
 
 def test_what_is_not_all_packed_is_not_captured() -> None:
