@@ -132,7 +132,8 @@ class Machine:
 
 
 def keys_of(sequence: Sequence) -> list[int]:
-    keys, key = [], hash(("salt", sequence.salt))
+    # Numbers alone: a string's hash, and None's before Python 3.12, is another one in every process.
+    keys, key = [], hash((-1 if sequence.salt is None else sequence.salt,))
     for position, token in enumerate(sequence.ids):
         key = hash((key, position, token))
         keys.append(key)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -342,24 +341,27 @@ def test_a_large_schema_holds_up_nobody(make: Make, monkeypatch: pytest.MonkeyPa
 
 def test_the_event_loop_never_waits_for_a_step(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make()
-    step = engine.step
+    begun, gate, step = threading.Event(), threading.Event(), engine.step
 
-    def slow() -> bool:
-        time.sleep(0.3)
+    def held() -> bool:
+        begun.set()
+        gate.wait(30)  # when the loop waits too, the time limit below ends it
         return step()
 
-    monkeypatch.setattr(engine, "step", slow)
+    monkeypatch.setattr(engine, "step", held)
 
     async def work() -> None:
-        async with at_work(engine, max_waiting=100_000) as (worker, _):
-            (job,) = await worker.submit([request(max_new_tokens=4)])
-            longest = 0.0
-            while job.ended is None:
-                await asyncio.sleep(0.005)
-                began = time.monotonic()
-                await worker.submit([request(max_new_tokens=1)])
-                longest = max(longest, time.monotonic() - began)
-            assert longest < 0.15
+        async with at_work(engine) as (worker, _):
+            try:
+                jobs = await worker.submit([request(max_new_tokens=4)])
+                await until(begun.is_set)
+                async with asyncio.timeout(20):
+                    for _ in range(20):  # all of them during one step
+                        jobs += await worker.submit([request(max_new_tokens=1)])
+            finally:
+                gate.set()
+            lengths = [len((await job.completion()).tokens) for job in jobs]
+            assert lengths == [4, *[1] * 20]
 
     run(work())
 
