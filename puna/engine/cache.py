@@ -14,7 +14,7 @@ from torch import Tensor
 
 from puna.errors import ResourceError
 from puna.kernels.native import attention_on
-from puna.kernels.pages import BLOCK, Pages, Step, rounded_width
+from puna.kernels.pages import BLOCK, Pages, Step, page_shapes, rounded_width
 from puna.model.config import ModelConfig
 
 
@@ -110,8 +110,7 @@ def bytes_per_position(config: ModelConfig, dtype: torch.dtype, quantized: bool 
 
 def _pages(config: ModelConfig, blocks: int, dtype: torch.dtype, device: torch.device) -> Pages:
     K, H = config.num_key_value_heads, config.head_dim
-    keys = _zeros((blocks, K, H, BLOCK), dtype, device)
-    values = _zeros((blocks, K, BLOCK, rounded_width(H)), dtype, device)
+    keys, values = (_zeros(shape, dtype, device) for shape in page_shapes(blocks, K, H, dtype))
     if dtype != torch.int8:
         return Pages(keys, values)
     key_scales, value_scales = (_zeros((blocks, K, BLOCK), torch.float32, device) for _ in range(2))

@@ -6,7 +6,7 @@ not depend on the rows beside it, on how a prompt was cut, or on where its block
 not see has any effect, whatever an earlier owner left in a block. `paged_attention.cpp` does the same faster.
 
     M rows of a step   N query heads   K key/value heads   G = N/K   H head width
-    P = H rounded up to whole vectors
+    P = H rounded up to whole vectors   n = 2 in bfloat16, else 1: numbers that lie in pairs
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ def plain(pages: Pages) -> Attend:
 
     Products have one shape whatever the step holds, TOGETHER tiles of TILE queries and one block of keys
     each, padded where there are fewer: so they always run the same way. A block of keys is copied out for
-    its product; all is computed in float32, or float64 for a float64 model.
+    its product; all is computed in float32, or float64 for a float64 model. Weights of bfloat16 values are
+    rounded to it, and what they are divided by is the sum of the rounded ones.
     """
 
     def attend(step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         _store(pages, step, k[0], v[0])
         M, N, H = q.shape[1:]
         queries, out = q.reshape(M * N, H), q.new_zeros(M * N, H)
-        for tiles in _groups(step, N, pages.keys.shape[1], q.device):
+        for tiles in _groups(step, N, pages.heads[0], q.device):
             found = _attend_tiles(pages, tiles, queries[tiles.queries])[..., :H]  # (tiles, TILE, H)
             out[tiles.queries[tiles.real]] = found[tiles.real].to(q.dtype)
         return out.view(1, M, N, H)
@@ -55,13 +56,13 @@ def _store(pages: Pages, step: Step, k: Tensor, v: Tensor) -> None:
     if not places:
         return
     blocks, slots = torch.tensor(places, device=k.device).unbind(1)  # (rows,)
-    for held, scales, x in (
-        (pages.keys.transpose(2, 3), pages.key_scales, k[: len(places)]),
-        (pages.values, pages.value_scales, v[: len(places)]),
-    ):
-        if scales is not None:
-            codes, scales[blocks, :, slots] = quantized(x)
-        held[blocks, :, slots, : x.shape[-1]] = x if scales is None else codes  # (rows, K, H)
+    n, H = pages.keys.shape[4], k.shape[2]
+    k, v = k[: len(places)], v[: len(places)]
+    if pages.key_scales is not None and pages.value_scales is not None:
+        k, pages.key_scales[blocks, :, slots] = quantized(k)
+        v, pages.value_scales[blocks, :, slots] = quantized(v)
+    pages.keys[blocks, :, :, slots] = k.unflatten(2, (-1, n))  # (rows, K, H / n, n)
+    pages.values[blocks, :, slots // n, :H, slots % n] = v  # (rows, K, H)
 
 
 def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,22 +137,26 @@ def _group(
 def _attend_tiles(pages: Pages, tiles: _Tiles, q: Tensor) -> Tensor:
     """The attention of q (tiles, TILE, H): (tiles, TILE, P), float32 or float64."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    q = q.to(wide) * (1 / math.sqrt(q.shape[-1]))
+    dtype, q = pages.values.dtype, q.to(wide) * (1 / math.sqrt(q.shape[-1]))
     largest = q.new_full(q.shape[:2], -math.inf)
-    total, out = q.new_zeros(q.shape[:2]), q.new_zeros(*q.shape[:2], pages.values.shape[-1])
+    total, out = q.new_zeros(q.shape[:2]), q.new_zeros(*q.shape[:2], pages.heads[2])
     offsets = torch.arange(BLOCK, device=q.device)
     for number, block in enumerate(tiles.blocks.unbind(1)):
         positions = (tiles.first + number * BLOCK)[:, None, None] + offsets  # (tiles, 1, BLOCK)
         seen = (positions <= tiles.own[:, :, None]) & tiles.real[:, :, None]  # (tiles, TILE, BLOCK)
         if tiles.window is not None:
             seen &= positions > tiles.own[:, :, None] - tiles.window
-        keys, values = pages.keys[block, tiles.heads].to(wide), pages.values[block, tiles.heads].to(wide)
+        keys, values = (
+            x[block, tiles.heads].transpose(2, 3).flatten(1, 2).to(wide) for x in (pages.keys, pages.values)
+        )  # (tiles, H, BLOCK), (tiles, BLOCK, P)
         scores = torch.bmm(q, keys)  # (tiles, TILE, BLOCK)
         if pages.key_scales is not None:
             scores = scores * pages.key_scales[block, tiles.heads][:, None].to(wide)
         scores = torch.where(seen, scores, -math.inf)
         risen = torch.maximum(largest, scores.amax(dim=-1))  # (tiles, TILE)
         weights = torch.where(seen, (scores - risen[..., None]).exp(), 0)
+        if dtype == torch.bfloat16:
+            weights = weights.to(dtype).to(wide)  # as products of pairs take them
         kept = torch.where(seen.any(dim=-1), (largest - risen).exp(), 1)
         largest, total = risen, total * kept + weights.sum(dim=-1)
         values = torch.where(seen.any(dim=1)[..., None], values, 0)  # zero times NaN would be NaN

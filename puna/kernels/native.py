@@ -68,8 +68,7 @@ def described(pages: Pages) -> DescribedPages:
     """What attention reads of a layer's pages."""
     tensors = pages.keys, pages.values, pages.key_scales, pages.value_scales
     addresses = (None if x is None else x.data_ptr() for x in tensors)
-    _, K, H, _ = pages.keys.shape
-    return DescribedPages(*addresses, K, H, pages.values.shape[-1])
+    return DescribedPages(*addresses, *pages.heads)
 
 
 def native(pages: Pages, dtype: torch.dtype, library: Library | None = None) -> Attend:

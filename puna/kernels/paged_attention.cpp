@@ -6,7 +6,11 @@
 // thread or on several. Positions that no row of a tile sees are never read as values, and the scores of those
 // that one row does not see are set, not added to: what an earlier owner left in a block has no effect.
 //
-// N query heads, K key/value heads, G = N/K, H head width, P = H rounded up to whole vectors of float.
+// In bfloat16 weights are rounded too, so that products are of pairs, and what they are divided by is the sum
+// of the rounded ones: values that are all alike stay what they are.
+//
+// N query heads, K key/value heads, G = N/K, H head width, P = H rounded up to whole vectors of float,
+// I = 2 in bfloat16, else 1: numbers that lie in pairs.
 
 #include <algorithm>
 #include <cmath>
@@ -16,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "sums.hpp"
 #include "threads.hpp"
 #include "vectors.hpp"
 
@@ -30,49 +35,57 @@ constexpr int QUERIES = BYTES == 32 ? 6 : 4, VECTORS = BYTES == 32 ? 2 : 4;
 
 // --- Arithmetic
 
-// c[q] += Σ a[q][i] · b[i], over i in order, for Q rows of V vectors.
-template <class A, class S, int Q, int V>
-void product(const A* a, long a_row, const S* b, long b_row, int count, A* c, long c_row) {
-    Vec<A> sum[Q][V];
+// c[q] += Σ a[q][i] · b[i], over steps i in order, for Q rows of V vectors.
+template <class D, class A, int Q, int V>
+void product(const typename D::Term* a, long a_row, const typename D::Place* b, long b_row, int steps, A* c,
+             long c_row) {
+    Vec<A> sum[Q][V];  // in registers only where all loops over them are unrolled
+#pragma GCC unroll 16
     for (int q = 0; q < Q; ++q)
+#pragma GCC unroll 4
         for (int v = 0; v < V; ++v) sum[q][v] = load<A>(c + q * c_row + v * LANES<A>);
-    for (int i = 0; i < count; ++i) {
-        Vec<A> row[V];
-        for (int v = 0; v < V; ++v) row[v] = load<A>(b + i * b_row + v * LANES<A>);
+    for (int i = 0; i < steps; ++i) {
+        decltype(D::read(b)) row[V];
+        for (int v = 0; v < V; ++v) row[v] = D::read(b + i * b_row + v * LANES<A>);
+#pragma GCC unroll 16
         for (int q = 0; q < Q; ++q)
-            for (int v = 0; v < V; ++v) sum[q][v] += a[q * a_row + i] * row[v];
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) D::add(sum[q][v], a[q * a_row + i], row[v]);
     }
+#pragma GCC unroll 16
     for (int q = 0; q < Q; ++q)
+#pragma GCC unroll 4
         for (int v = 0; v < V; ++v) store<A>(c + q * c_row + v * LANES<A>, sum[q][v]);
 }
 
-template <class A, class S> using Product = void (*)(const A*, long, const S*, long, int, A*, long);
+template <class D, class A>
+using Product = void (*)(const typename D::Term*, long, const typename D::Place*, long, int, A*, long);
 
-template <class A, class S, int... I>
-constexpr Product<A, S> product_of(int which, std::integer_sequence<int, I...>) {
-    constexpr Product<A, S> all[] = {product<A, S, I / VECTORS + 1, I % VECTORS + 1>...};
+template <class D, class A, int... I>
+constexpr Product<D, A> product_of(int which, std::integer_sequence<int, I...>) {
+    constexpr Product<D, A> all[] = {product<D, A, I / VECTORS + 1, I % VECTORS + 1>...};
     return all[which];
 }
 
 // The same for any number of rows, and any width that is a multiple of the lanes.
-template <class A, class S>
-void products(const A* a, long a_row, const S* b, long b_row, int count, A* c, long c_row, int rows,
-              int width) {
+template <class D, class A>
+void products(const typename D::Term* a, long a_row, const typename D::Place* b, long b_row, int steps, A* c,
+              long c_row, int rows, int width) {
     constexpr int STRIDE = VECTORS * LANES<A>;
     for (int at = 0; at < width; at += STRIDE)
         for (int q = 0; q < rows; q += QUERIES) {
             const int vectors = std::min(STRIDE, width - at) / LANES<A>;
             const int which = (std::min(QUERIES, rows - q) - 1) * VECTORS + vectors - 1;
-            product_of<A, S>(which, std::make_integer_sequence<int, QUERIES * VECTORS>{})(
-                a + q * a_row, a_row, b + at, b_row, count, c + q * c_row + at, c_row);
+            product_of<D, A>(which, std::make_integer_sequence<int, QUERIES * VECTORS>{})(
+                a + q * a_row, a_row, b + at, b_row, steps, c + q * c_row + at, c_row);
         }
 }
 
 // --- What a call is given
 
 extern "C" struct Pages {  // one layer's
-    void* keys;            // (blocks, K, H, BLOCK)
-    void* values;          // (blocks, K, BLOCK, P)
+    void* keys;            // (blocks, K, H / I, BLOCK, I)
+    void* values;          // (blocks, K, BLOCK / I, P, I)
     float* key_scales;     // (blocks, K, BLOCK), for int8
     float* value_scales;
     int32_t kv_heads, width, padded;  // K, H, P
@@ -92,18 +105,29 @@ struct Shape {
 
 // --- Storing
 
-// Row (heads of one key/value head) into its place: element h goes to to[h * stride].
-template <class S, class M> void store_row(const M* from, int H, S* to, long stride, float* scale) {
-    if constexpr (std::is_same_v<S, int8_t>) {
-        decltype(widen(*from)) largest = 0;
-        for (int h = 0; h < H; ++h) largest = std::max(largest, std::abs(widen(from[h])));
-        *scale = float(largest / 127);
-        for (int h = 0; h < H; ++h) {
-            const auto scaled = *scale > 0 ? std::nearbyint(widen(from[h]) / *scale) : 0;
-            to[h * stride] = int8_t(std::max<double>(-127, std::min<double>(127, scaled)));
+// A row of one key/value head into its place: element h goes to to[h].
+template <class M> void store_row(const M* from, int H, int8_t* to, float* scale) {
+    decltype(widen(*from)) largest = 0;
+    for (int h = 0; h < H; ++h) largest = std::max(largest, std::abs(widen(from[h])));
+    *scale = float(largest / 127);
+    for (int h = 0; h < H; ++h) {
+        const auto scaled = *scale > 0 ? std::nearbyint(widen(from[h]) / *scale) : 0;
+        to[h] = int8_t(std::max<double>(-127, std::min<double>(127, scaled)));
+    }
+}
+template <class M> void store_row(const M* from, int H, M* to, float*) { std::copy(from, from + H, to); }
+
+// Values of some positions from `slot` on, two positions side by side.
+template <class M> void store_pairs(const M* from, long next, int H, M* values, int P, int slot, int some) {
+    for (int at = slot; at < slot + some; from += next, ++at) {
+        M* const to = values + at / 2 * 2 * P;
+        if (at % 2 == 0 && at + 1 < slot + some) {  // both at once
+            const M* const later = from + next;
+            for (int h = 0; h < H; ++h) to[2 * h] = from[h], to[2 * h + 1] = later[h];
+            from += next, ++at;
+        } else {
+            for (int h = 0; h < H; ++h) to[2 * h + at % 2] = from[h];
         }
-    } else {
-        for (int h = 0; h < H; ++h) to[h * stride] = from[h];
     }
 }
 
@@ -114,15 +138,27 @@ struct Rows {  // a sequence's share of a step
 
 template <class S, class M>
 void store_rows(const Pages& pages, const Shape& shape, const Rows& rows, int head, const M* k, const M* v) {
+    constexpr int I = SumStep<float, S>::INPUTS, SIDE = 16;
     const auto [K, G, H, P] = shape;
-    for (int row = 0; row < rows.count; ++row) {
+    thread_local Buffer<S> room;
+    S* const square = room.of(long(SIDE) * H);  // rows: written one by one they would drive others from the cache
+    for (int row = 0; row < rows.count;) {
         const int position = rows.start + row, slot = position % BLOCK;
+        const int some = std::min({SIDE, rows.count - row, BLOCK - slot});
         const long place = long(rows.table[position / BLOCK]) * K + head, scale = place * BLOCK + slot;
-        const long from = (long(rows.first + row) * K + head) * H;
-        S* key = static_cast<S*>(pages.keys) + place * H * BLOCK + slot;
-        S* value = static_cast<S*>(pages.values) + scale * P;
-        store_row(k + from, H, key, BLOCK, pages.key_scales + scale);
-        store_row(v + from, H, value, 1, pages.value_scales + scale);
+        const long next = long(K) * H, first = (rows.first + row) * next + head * H;
+        const M *key = k + first, *value = v + first;
+        for (int r = 0; r < some; ++r) store_row(key + r * next, H, square + r * H, pages.key_scales + scale + r);
+        S* const keys = static_cast<S*>(pages.keys) + (place * H * BLOCK + slot * I);
+        for (int h = 0; h < H; h += I)
+            for (int r = 0; r < some; ++r)
+                std::memcpy(keys + h * BLOCK + r * I, square + r * H + h, I * sizeof(S));
+        S* const values = static_cast<S*>(pages.values) + place * BLOCK * P;
+        if constexpr (I == 1)
+            for (int r = 0; r < some; ++r)
+                store_row(value + r * next, H, values + (slot + r) * P, pages.value_scales + scale + r);
+        else store_pairs(value, next, H, values, P, slot, some);
+        row += some;
     }
 }
 
@@ -139,22 +175,29 @@ template <class A> struct Partial {  // of a tile's queries, over one span or al
 };
 
 template <class A, class S, class M> struct Tile {
+    using Held = SumStep<A, S>;  // how the cache is summed, and what it takes of queries and weights
+    using Term = typename Held::Term;
+    using Place = typename Held::Place;
     const Pages& pages;
     const Shape& shape;
     const Rows& rows;
     int window, head, first, queries;  // queries first … of this sequence and head, counted row by row
     static constexpr bool scaled = std::is_same_v<S, int8_t>;
-    static constexpr bool widened = !std::is_same_v<S, A>;
+    static constexpr int I = Held::INPUTS;
+    static constexpr bool widened = !std::is_same_v<S, A> && I == 1;
+    static constexpr long WEIGHTS = BLOCK * long(sizeof(A)) / long(sizeof(Term));  // from one query's to the next
 
     int own(int query) const { return rows.start + (first + query) / shape.G; }
     int earliest(int query) const { return std::max(0, own(query) - window + 1); }
     int first_block() const { return earliest(0) / BLOCK; }
     int last_block() const { return own(queries - 1) / BLOCK; }
 
-    void read_queries(const M* q, A* to) const {
-        const A scale = A(1) / std::sqrt(A(shape.H));
-        for (int query = 0; query < queries; ++query)
-            for (int h = 0; h < shape.H; ++h) to[query * shape.H + h] = A(widen(q[place(query) + h])) * scale;
+    void read_queries(const M* q, Term* to) const {
+        const int terms = shape.H / I;
+        for (int query = 0; query < queries; ++query, to += terms) {
+            const M* const from = q + place(query);
+            for (int at = 0; at < terms; ++at) to[at] = Held::term(from + at * I);
+        }
     }
     long place(int query) const {
         const int row = rows.first + (first + query) / shape.G, group = (first + query) % shape.G;
@@ -162,7 +205,7 @@ template <class A, class S, class M> struct Tile {
     }
 
     // The queries' attention to one span of blocks.
-    void attend(int span, const A* q, const Partial<A>& partial, A* scratch) const {
+    void attend(int span, const Term* q, const Partial<A>& partial, A* scratch) const {
         std::fill(partial.out, partial.out + long(queries) * shape.P, A(0));
         std::fill(partial.largest, partial.largest + queries, -INFINITE<A>);
         std::fill(partial.total, partial.total + queries, A(0));
@@ -184,37 +227,59 @@ template <class A, class S, class M> struct Tile {
         for (long at = 0; at < value_bytes; at += 64) __builtin_prefetch(values + at, 0, 2);
     }
 
-    void attend_block(int block, const A* q, const Partial<A>& partial, A* scratch) const {
+    void attend_block(int block, const Term* q, const Partial<A>& partial, A* scratch) const {
         const auto [K, G, H, P] = shape;
         const long place = long(rows.table[block]) * K + head;
-        A *weights = scratch, *wide = scratch + long(queries) * BLOCK;
+        A *scores = scratch, *wide = scratch + long(queries) * BLOCK;
         const int base = block * BLOCK;
         const int from = std::max(0, earliest(0) - base), to = std::min(BLOCK - 1, own(queries - 1) - base);
 
-        std::fill(weights, weights + long(queries) * BLOCK, A(0));
-        const S* keys = static_cast<const S*>(pages.keys) + place * H * BLOCK;
-        multiply(q, H, keys, BLOCK, H, weights, BLOCK, BLOCK, wide);
+        std::fill(scores, scores + long(queries) * BLOCK, A(0));
+        const auto* keys = static_cast<const Place*>(pages.keys) + place * (H / I) * BLOCK;
+        multiply(q, H / I, keys, BLOCK, H / I, scores, BLOCK, BLOCK, wide);
         const float* scales = scaled ? pages.key_scales + place * BLOCK : nullptr;
-        for (int query = 0; query < queries; ++query) weigh(query, base, weights + query * BLOCK, scales, partial);
+        for (int query = 0; query < queries; ++query) weigh(query, base, scores + query * BLOCK, scales, partial);
         if constexpr (scaled)
             for (int query = 0; query < queries; ++query)
                 for (int slot = from; slot <= to; ++slot)
-                    weights[query * BLOCK + slot] *= pages.value_scales[place * BLOCK + slot];
-        const S* values = static_cast<const S*>(pages.values) + (place * BLOCK + from) * P;
-        multiply(weights + from, BLOCK, values, P, to - from + 1, partial.out, P, P, wide);
+                    scores[query * BLOCK + slot] *= pages.value_scales[place * BLOCK + slot];
+        add_values(place, from, to + 1, reinterpret_cast<const Term*>(scores), partial.out, wide);
+    }
+
+    // out += weights · values of slots begin … end - 1
+    void add_values(long place, int begin, int end, const Term* weights, A* out, A* wide) const {
+        const int P = shape.P;
+        const auto* const values = static_cast<const Place*>(pages.values) + place * (BLOCK / I) * P;
+        const auto add = [&](int step, int steps, const Place* from) {
+            multiply(weights + step, WEIGHTS, from, P, steps, out, P, P, wide);
+        };
+        if constexpr (I == 1) {
+            add(begin, end - begin, values + begin * P);
+        } else {  // of a pair that is seen in part the other value counts as zero
+            const auto half = [&](int step, Place seen) {
+                auto* const one = reinterpret_cast<Place*>(wide);
+                for (int p = 0; p < P; ++p) one[p] = values[step * P + p] & seen;
+                add(step, 1, one);
+            };
+            constexpr Place EARLIER = 0x0000ffff, LATER = 0xffff0000;
+            const int first = (begin + 1) / I, last = end / I;
+            if (begin % I) half(begin / I, LATER);
+            if (first < last) add(first, last - first, values + first * P);
+            if (end % I) half(last, EARLIER);
+        }
     }
 
     // Where many queries read the same, it is widened once for all of them; the numbers are the same.
-    void multiply(const A* a, long a_row, const S* b, long b_row, int count, A* c, long c_row, int width,
+    void multiply(const Term* a, long a_row, const Place* b, long b_row, int steps, A* c, long c_row, int width,
                   A* wide) const {
         if constexpr (widened) {
             if (queries > 2 * QUERIES) {
-                for (long i = 0; i < long(count) * b_row; i += LANES<A>) store<A>(wide + i, load<A>(b + i));
-                products<A, A>(a, a_row, wide, b_row, count, c, c_row, queries, width);
+                for (long i = 0; i < long(steps) * b_row; i += LANES<A>) store<A>(wide + i, load<A>(b + i));
+                products<SumStep<A, A>, A>(a, a_row, wide, b_row, steps, c, c_row, queries, width);
                 return;
             }
         }
-        products<A, S>(a, a_row, b, b_row, count, c, c_row, queries, width);
+        products<Held, A>(a, a_row, b, b_row, steps, c, c_row, queries, width);
     }
 
     // Scores of one query become weights relative to the largest so far, as does what was summed before.
@@ -226,25 +291,31 @@ template <class A, class S, class M> struct Tile {
         }
         if constexpr (scaled)
             for (int slot = 0; slot < BLOCK; ++slot) scores[slot] *= scales[slot];
-        for (int slot = 0; slot < from; ++slot) scores[slot] = -INFINITE<A>;
-        for (int slot = to + 1; slot < BLOCK; ++slot) scores[slot] = -INFINITE<A>;
-
-        Vec<A> top = load<A>(scores);
-        for (int at = LANES<A>; at < BLOCK; at += LANES<A>) {
-            const Vec<A> next = load<A>(scores + at);
-            top = next > top ? next : top;
+        const A scale = A(1) / std::sqrt(A(shape.H)), first_seen = A(from), last_seen = A(to);
+        const Vec<A> unseen = Vec<A>{} - INFINITE<A>;
+        Vec<A> held[BLOCK / LANES<A>], top = unseen, slots = counting<A>();
+        for (int at = 0, v = 0; at < BLOCK; at += LANES<A>, ++v, slots += A(LANES<A>)) {
+            held[v] = load<A>(scores + at) * scale;
+            held[v] = slots < first_seen ? unseen : held[v];
+            held[v] = slots > last_seen ? unseen : held[v];
+            top = held[v] > top ? held[v] : top;
         }
         const A largest = std::max(partial.largest[query], largest_of(top));
         Vec<A> sum = {};
-        for (int at = 0; at < BLOCK; at += LANES<A>) {
-            const Vec<A> weight = exponential(load<A>(scores + at) - largest);
-            store<A>(scores + at, weight);
-            sum += weight;
-        }
+        for (int at = 0, v = 0; at < BLOCK; at += LANES<A>, ++v)
+            sum += put_weights(scores, at, exponential(held[v] - largest));
         if (largest != partial.largest[query])
             rescale(query, exponential_of<A>(partial.largest[query] - largest), partial);
         partial.largest[query] = largest;
         partial.total[query] += added(sum);
+    }
+
+    // Over the scores that they were made of, as products take them.
+    static Vec<A> put_weights(A* to, int at, Vec<A> weights) {
+        if constexpr (I > 1) weights = rounded_to<S>(weights);
+        if constexpr (sizeof(Term) < I * sizeof(A)) store_narrow(reinterpret_cast<S*>(to) + at, weights);
+        else store<A>(to + at, weights);
+        return weights;
     }
 
     void rescale(int query, A factor, const Partial<A>& partial) const {
@@ -268,9 +339,15 @@ template <class A, class S, class M> struct Tile {
     }
 
     void write(const Partial<A>& partial, M* out) const {
-        for (int query = 0; query < queries; ++query)
-            for (int h = 0; h < shape.H; ++h)
-                out[place(query) + h] = narrow<M>(partial.out[long(query) * shape.P + h] / partial.total[query]);
+        for (int query = 0; query < queries; ++query) {
+            const A* const from = partial.out + long(query) * shape.P;
+            M* const to = out + place(query);
+            const A total = partial.total[query];
+            int h = 0;
+            if constexpr (std::is_same_v<A, float>)
+                for (; h + LANES<A> <= shape.H; h += LANES<A>) store_narrow(to + h, load<A>(from + h) / total);
+            for (; h < shape.H; ++h) to[h] = narrow<M>(from[h] / total);
+        }
     }
 };
 
@@ -337,7 +414,8 @@ template <class A, class S, class M> struct Call {
                2 * Partial<A>::size(most, shape.P) + 3 * 64;
     }
     struct Scratch {
-        A *work, *q;
+        A* work;
+        typename SumStep<A, S>::Term* q;
         Partial<A> one, all;
     };
     Scratch scratch() const {
@@ -348,7 +426,7 @@ template <class A, class S, class M> struct Call {
         A* q = take(long(most) * shape.H);
         A* one = take(Partial<A>::size(most, shape.P));
         A* all = take(Partial<A>::size(most, shape.P));
-        return {work, q, Partial<A>::at(one, most, shape.P), Partial<A>::at(all, most, shape.P)};
+        return {work, reinterpret_cast<typename SumStep<A, S>::Term*>(q), Partial<A>::at(one, most, shape.P), Partial<A>::at(all, most, shape.P)};
     }
 
     void attend_whole(const Tile<A, S, M>& tile) const {

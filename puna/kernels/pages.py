@@ -1,6 +1,7 @@
 """What attention over blocks is given: a layer's blocks of keys and values, and whose a step's rows are.
 
 M rows of a step   N query heads   K key/value heads   H head width   P = H rounded up to whole vectors
+n = numbers that lie side by side, since a product takes them at once: 2 in bfloat16, else 1
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from puna.kernels.panels import INPUTS
 
 BLOCK = 64  # positions
 LANES = 16  # values are padded to whole vectors of float32
@@ -23,12 +27,18 @@ class Pages:
     """One layer's keys and values, in blocks that belong to one sequence or to several that begin alike."""
 
     keys: Tensor
-    """(blocks, K, H, BLOCK): a vector of keys takes part in every step of a product over H."""
+    """(blocks, K, H / n, BLOCK, n): a vector of keys takes part in every step of a product over H."""
     values: Tensor
-    """(blocks, K, BLOCK, P); what lies beyond H is zero."""
+    """(blocks, K, BLOCK / n, P, n); what lies beyond H is zero."""
     key_scales: Tensor | None = None
     """(blocks, K, BLOCK), float32: what an int8 key of one position and head is to be multiplied by."""
     value_scales: Tensor | None = None
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """K, H and P."""
+        _, K, steps, _, n = self.keys.shape
+        return K, steps * n, self.values.shape[3]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +54,12 @@ class Step:
     counts: Items[int]
     rows: int
     window: int | None
+
+
+def page_shapes(blocks: int, K: int, H: int, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Those of keys and of values that are held in some number type; H is even."""
+    n = INPUTS.get(dtype, 1)
+    return (blocks, K, H // n, BLOCK, n), (blocks, K, BLOCK // n, rounded_width(H), n)
 
 
 def rounded_width(head_dim: int) -> int:

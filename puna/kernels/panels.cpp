@@ -1,9 +1,8 @@
 // Products of rows with a matrix that lies in panels; panels.py holds the same in plain torch.
 //
-// A panel is WIDTH outputs of the matrix, turned so that what a step of their sums reads lies together. An
-// output is one lane that adds its terms in order, from the first input to the last, whatever is computed
-// beside it: a row's bits depend on nothing but the row and the matrix. For bfloat16 a step is two inputs, as
-// the instruction for it takes them.
+// A panel is WIDTH outputs of the matrix, turned so that what a step of their sums reads lies together. Each
+// output adds its terms from the first input to the last: a row's bits depend on nothing but the row and the
+// matrix.
 //
 // R rows   I inputs   O outputs
 
@@ -11,11 +10,8 @@
 #include <cstdint>
 #include <utility>
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 #include "matrix.hpp"
+#include "sums.hpp"
 #include "threads.hpp"
 #include "vectors.hpp"
 
@@ -31,36 +27,7 @@ constexpr double LITTLE = 1e6;  // products of numbers: waking other threads for
 constexpr int ROWS = BYTES == 64 ? 14 : BYTES == 32 ? 6 : 5, VECTORS = BYTES == 16 ? 4 : 2;
 constexpr int SLICE = VECTORS * LANES<float>;  // outputs computed together
 
-// --- A step of a sum: what is read of the matrix and of a row for it, and how it is added
-
-template <class M> struct Step {  // float, float16
-    using Term = float;
-    using Place = M;  // of an output
-    static constexpr int INPUTS = 1;
-    static Term term(const M* x) { return widen(*x); }
-    static Vec<float> read(const Place* from) { return load<float>(from); }
-    static void add(Vec<float>& sum, Term x, Vec<float> y) { sum += x * y; }
-};
-
-template <> struct Step<bfloat16> {
-    using Term = uint32_t;
-    using Place = uint32_t;
-    static constexpr int INPUTS = 2;
-    static Term term(const bfloat16* x) { return ::read<uint32_t>(x); }
-#if defined(__AVX512BF16__)
-    static __m512bh read(const Place* from) { return ::read<__m512bh>(from); }
-    // Casts, not copies: sums that are copied do not stay in registers.
-    static void add(Vec<float>& sum, Term x, __m512bh y) {
-        sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(x)), y);
-    }
-#else
-    static Vec<uint32_t> read(const Place* from) { return ::read<Vec<uint32_t>>(from); }
-    static void add(Vec<float>& sum, Term x, Vec<uint32_t> y) {
-        sum += bits_as<float>(x << 16) * bits_as<Vec<float>>(y << 16);
-        sum += bits_as<float>(x & 0xffff0000) * bits_as<Vec<float>>(y & 0xffff0000);
-    }
-#endif
-};
+template <class M> using Step = SumStep<float, M>;
 
 // --- What a call is given
 

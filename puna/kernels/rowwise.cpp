@@ -30,12 +30,6 @@ template <class M> inline void put(M* to, long count, Vec<float> x) {
     for (long at = 0; at < count; ++at) to[at] = narrow<M>(x[int(at)]);
 }
 
-template <class M> inline Vec<float> rounded_to(Vec<float> x) {
-    alignas(64) M small[L];
-    store_narrow(small, x);
-    return load<float>(small);
-}
-
 template <class Work> void for_rows(long rows, long width, int threads, const Work& work) {
     for_each(int(rows), double(rows) * width < LITTLE * least() ? 1 : threads, work);
 }

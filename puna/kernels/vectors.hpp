@@ -150,7 +150,19 @@ template <class M> inline void store_narrow(M* to, Vec<float> x) {
     }
 }
 
+template <class M> inline Vec<float> rounded_to(Vec<float> x) {
+    alignas(BYTES) M small[LANES<float>];
+    store_narrow(small, x);
+    return load<float>(small);
+}
+
 // --- Arithmetic
+
+template <class A> inline Vec<A> counting() {  // 0, 1, 2, …
+    Vec<A> found;
+    for (int lane = 0; lane < LANES<A>; ++lane) found[lane] = A(lane);
+    return found;
+}
 
 inline Vec<float> exponential(Vec<float> x) {
     // 2^n · e^r with |r| ≤ ln 2 / 2, where the series up to r^7 is exact to 6e-9. NaN stays NaN, and what is

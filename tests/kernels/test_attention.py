@@ -15,7 +15,7 @@ from torch import Tensor
 from puna.kernels.attention import plain, quantized
 from puna.kernels.library import load
 from puna.kernels.native import native
-from puna.kernels.pages import BLOCK, Attend, Pages, Step, rounded_width
+from puna.kernels.pages import BLOCK, Attend, Pages, Step, page_shapes
 from puna.model.attention import reference
 
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2**-8, torch.float16: 2**-10}
@@ -63,12 +63,13 @@ class Case:
     def pages(self, stale: float = math.nan) -> Pages:
         """Blocks that an earlier owner left with numbers that must have no effect."""
         blocks, dtype = self.blocks() + 2, torch.int8 if self.int8 else self.dtype
-        keys = torch.zeros(blocks, self.K, self.H, BLOCK, dtype=dtype)
-        values = torch.zeros(blocks, self.K, BLOCK, rounded_width(self.H), dtype=dtype)
+        keys, values = (
+            torch.zeros(shape, dtype=dtype) for shape in page_shapes(blocks, self.K, self.H, dtype)
+        )
         if self.int8:
             return Pages(keys, values, *(torch.full((blocks, self.K, BLOCK), stale) for _ in range(2)))
         keys.fill_(stale)
-        values[..., : self.H] = stale
+        values[:, :, :, : self.H] = stale
         return Pages(keys, values)
 
     def blocks(self) -> int:
@@ -244,6 +245,43 @@ def test_scores_far_apart_neither_overflow_nor_vanish(bind: Bind) -> None:
     )
     expected = case._whole(q * 100, k * 100, v)
     assert torch.allclose(out[0].double(), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("bind", KERNELS)
+def test_values_that_are_all_alike_stay_what_they_are(bind: Bind, dtype: torch.dtype) -> None:
+    """However weights are rounded, they add up to one."""
+    case = Case((130,), H=8, dtype=dtype)
+    q, k, v = case.data()[0]
+    v = torch.full_like(v, 1.3)
+    out = bind(case.pages(), dtype)(Step(case.tables(), [0], [130], 130, None), q[None], k[None], v[None])
+    assert (out - v[0, 0, 0]).abs().max() <= {torch.float64: 1e-15}.get(dtype, 1e-6)
+
+
+@pytest.mark.parametrize("bind", KERNELS)
+def test_a_pair_that_the_window_cuts_counts_in_half(bind: Bind) -> None:
+    """In bfloat16 positions are summed two by two; of those that nobody sees not even NaN does."""
+    for window in (1, 2, 3, 64, 65):
+        case = Case((70,), window=window, H=8, dtype=torch.bfloat16)
+        q, k, v = case.data()[0]
+        for seen in (0, 1, 2, 3, 62, 63, 64, 65, 66, 69):  # only what one row sees is a number
+            first = max(0, seen - window + 1)
+            hidden = torch.full_like(v, math.nan)
+            hidden[first : seen + 1] = v[first : seen + 1]
+            attend = bind(case.pages(), torch.bfloat16)
+            if seen:
+                attend(
+                    Step(case.tables(), [0], [seen], seen, window),
+                    q[None, :seen],
+                    k[None, :seen],
+                    hidden[None, :seen],
+                )
+            row = slice(seen, seen + 1)
+            out = attend(
+                Step(case.tables(), [seen], [1], 1, window), q[None, row], k[None, row], hidden[None, row]
+            )
+            expected = case._whole(q, k, v)[row]
+            assert (out[0].double() - expected).abs().max() < 2**-7
 
 
 @pytest.mark.parametrize("bind", KERNELS)
