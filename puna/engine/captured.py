@@ -1,4 +1,4 @@
-"""A packed model on a CPU as one call: its layers over a step's rows, captured once, checked at every prompt.
+"""A packed model on a CPU as one call over a step's rows: captured once, checked at every prompt.
 
 What is captured are the addresses of its tensors. They are the model's own: an update of the weights in place
 counts. Where a module or a tensor was replaced since, `holds` says so, and a new one is to be made.
@@ -28,7 +28,7 @@ from puna.model.config import ModelConfig
 from puna.model.llama import Block, Llama
 from puna.model.llama import Decoder as Layers
 from puna.model.rope import Rope
-from puna.quantize.packed import PackedAttention, PackedLinear, PackedMLP, PackedNorm
+from puna.quantize.packed import PackedAttention, PackedEmbedding, PackedLinear, PackedMLP, PackedNorm
 
 ANGLES = 1024  # positions whose angles are computed together, so that they depend on nothing else
 KNOWN = (nn.ModuleList, Block, PackedNorm, PackedAttention, PackedMLP, PackedLinear, Rope)
@@ -40,7 +40,7 @@ class Captured:
     def __init__(self, model: Llama, cache: PagedCache, call: Decoder) -> None:
         """For `of` to make."""
         self._model, self._cache, self._call = model, cache, call
-        self._watched = _Watched(model)
+        self._watched, self._weight = _Watched(model), model.model.norm.weight
         self._angles = _Angles(model.model.rope)
 
     @classmethod
@@ -64,12 +64,18 @@ class Captured:
         Raises:
             ModelError: the model has another number type since.
         """
-        x = self._model.model.embed_tokens(torch.tensor([ids]))[0].contiguous()
-        if x.dtype != self._cache.dtype:
+        if self._weight.dtype != self._cache.dtype:
             raise ModelError(
-                f"the model became {x.dtype} while it answered from a {self._cache.dtype} cache; ask again"
+                f"the model became {self._weight.dtype} while it answered from a {self._cache.dtype} cache; "
+                "ask again"
             )
-        return self._call(x, *self._angles(positions, self._cache.rope_lengths), self._cache.step, chosen)
+        given = ids if self._call.embeds(ids) else self._embedded(ids)
+        return self._call(given, *self._angles(positions, self._cache.rope_lengths), self._cache.step, chosen)
+
+    def _embedded(self, ids: list[int]) -> Tensor:
+        """What the model's own embedding makes of rows: (R, D)."""
+        x: Tensor = self._model.model.embed_tokens(torch.tensor([ids]))
+        return x[0].contiguous()
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (R, V) of normalised hidden states (R, D)."""
@@ -167,6 +173,7 @@ def _parts(model: Llama, cache: PagedCache) -> Parts | None:
     if len(model.model.layers) != len(cache.pages) or not cache.pages or dtype not in DTYPES:
         return None
     parts = Parts(
+        _embedding(model.model.embed_tokens, dtype),
         [_layer(block, pages) for block, pages in zip(model.model.layers, cache.pages, strict=True)],
         _norm(model.model.norm),
         _matrices(model.lm_head),
@@ -175,6 +182,16 @@ def _parts(model: Llama, cache: PagedCache) -> Parts | None:
     )
     embedded = model.model.embed_tokens(torch.zeros(1, 1, dtype=torch.long))
     return parts if embedded.dtype == dtype and _fits(parts, config, dtype) else None
+
+
+def _embedding(module: nn.Module, dtype: torch.dtype) -> Matrix | Tensor | None:
+    """What tokens are looked up in, where no more is done than that; None where it is anything else."""
+    if type(module) is nn.Embedding and module.max_norm is None:
+        return module.weight if module.weight.dtype == dtype and _is_plain(module.weight) else None
+    if type(module) is PackedEmbedding:
+        expanded = module.get_buffer("like").dtype
+        return module.matrix if expanded == dtype and _is_read(module.matrix, dtype) else None
+    return None
 
 
 def _layer(block: nn.Module, pages: Pages) -> Layer:

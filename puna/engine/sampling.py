@@ -51,6 +51,9 @@ def choose(logits: Tensor, states: Items[SamplingState]) -> list[Choice | ModelE
 
 def _compiled(chooser: Chooser, logits: Tensor, states: Items[SamplingState]) -> list[Choice | ModelError]:
     """The choices by the compiled kernel; only rows that a rule for single ids asks for are copied."""
+    if all(state.greedy for state in states):  # the shortest way: this is done between any two tokens
+        likeliest = chooser.likeliest(logits)
+        return [ModelError(DAMAGED) if token < 0 else Choice(token) for token in likeliest]
     rows = [row for row, state in enumerate(states) if _changes(state)]
     changed = None
     if rows:

@@ -43,6 +43,8 @@ class SamplingState:
         """What may not come before `min_new_tokens`."""
         self.scored = params.logprobs is not None or params.answers > params.n
         """Whether choices are to carry log-probabilities."""
+        self.greedy = constraint is None and not self.scored and _is_greedy(params)
+        """Whether each of its tokens is the likeliest by the model itself, and nothing more is asked."""
         self.length, self._sum = 0, 0.0
         self._random = Random() if params.seed is None else Random(f"{params.seed}/{index}")
         self.uniform = self._random.random()
@@ -79,3 +81,11 @@ class SamplingState:
         self._place[token] = len(self.answered)
         self.answered.append(token)
         self.counts.append(1)
+
+
+def _is_greedy(params: SamplingParams) -> bool:
+    """Whether no rule for single ids is ever asked for, nor anything that is drawn."""
+    changes = (
+        params.min_new_tokens or params.logit_bias or params.presence_penalty or params.frequency_penalty
+    )
+    return params.temperature == 0 and not changes and params.repetition_penalty == 1

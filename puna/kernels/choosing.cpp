@@ -483,14 +483,28 @@ template <class A, class M> void choose_all(Row* rows, int count, long V, int th
     for_each(count, work > 3e5 * least() ? threads : 1, [&](int i) { choose<A, M>(rows[i], V); });
 }
 
+// The likeliest token of each row, -1 where it has none; rows lie `step` numbers apart.
+template <class A, class M>
+void likeliest(const M* logits, long step, int count, long V, int32_t* tokens, int threads) {
+    for_each(count, double(count) * V > 3e5 * least() ? threads : 1, [=](int i) {
+        Row row{logits + i * step, nullptr, nullptr, nullptr, nullptr, 0, 0, 1, 0, 1, 0, -1, -1, NONE, 0};
+        choose<A, M>(row, V);
+        tokens[i] = row.fault == NONE ? int32_t(row.token) : -1;
+    });
+}
+
 }  // namespace
 
 #define ENTRY(name, A, M)                                                      \
-    extern "C" void name(Row* rows, int32_t count, int64_t V, int32_t threads) { \
+    extern "C" void choose_##name(Row* rows, int32_t count, int64_t V, int32_t threads) { \
         choose_all<A, M>(rows, count, V, threads);                             \
+    }                                                                          \
+    extern "C" void likeliest_##name(const M* logits, int64_t step, int32_t count, int64_t V, int32_t* tokens, \
+                                     int32_t threads) {                        \
+        likeliest<A, M>(logits, step, count, V, tokens, threads);              \
     }
 
-ENTRY(choose_float32, float, float)
-ENTRY(choose_bfloat16, float, bfloat16)
-ENTRY(choose_float16, float, float16)
-ENTRY(choose_float64, double, double)
+ENTRY(float32, float, float)
+ENTRY(bfloat16, float, bfloat16)
+ENTRY(float16, float, float16)
+ENTRY(float64, double, double)

@@ -1,4 +1,5 @@
-// The layers of a packed model over the rows of a step, and the output projection of some of them, in one call.
+// The embedding and the layers of a packed model over the rows of a step, and the output projection of some of
+// them, in one call.
 //
 // Nothing is computed here but the residual sums: the rest are the very entries that the modules call one by
 // one, so that bits are theirs. What is gained is that no interpreter and no sleeping thread stands between two
@@ -9,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "embedding.hpp"
 #include "matrix.hpp"
 #include "threads.hpp"
 #include "vectors.hpp"
@@ -53,6 +55,7 @@ extern "C" struct Layer {
 
 extern "C" struct Model {
     Kernels kernels;
+    Embedding embedding;
     const Layer* layers;
     Norm norm;
     Linear head;
@@ -60,7 +63,8 @@ extern "C" struct Model {
 };
 
 extern "C" struct Rows {
-    void* x;                 // (R, D), embedded; changed by each layer
+    const int64_t* ids;      // (R,); null: x holds what they are embedded as
+    void* x;                 // (R, D); changed by each layer
     const float *cos, *sin;  // (positions, H): rows of both belong to rows of x by `angles`
     const int64_t* angles;   // (R,)
     const void* step;        // whose they are, as attention reads it
@@ -92,6 +96,10 @@ public:
         thread_local Buffer<float> turns;
         float* here = turns.of(2 * R * H);
         cos = gathered(rows.cos, here), sin = gathered(rows.sin, here + R * H);
+    }
+
+    void embed() {
+        for (long row = 0; row < R; ++row) ::embed(model.embedding, rows.ids[row], x + row * D);
     }
 
     void layer(const Layer& layer) {
@@ -161,6 +169,7 @@ template <class M> struct Call {
     static void run(void* self) {
         const auto& call = *static_cast<const Call*>(self);
         Pass<M> pass(call.model, call.rows);
+        if (call.first == 0 && call.rows.ids) pass.embed();
         for (long layer = call.first; layer < call.last; ++layer) pass.layer(call.model.layers[layer]);
         if (call.ends) pass.end();
     }
@@ -174,7 +183,7 @@ template <class M> void decode(const Model* model, const Rows* rows, long first,
 
 }  // namespace
 
-// Layers first … last - 1, and where it `ends` what comes after the last one.
+// Layers first … last - 1, before the first one the embedding, and where it `ends` what comes after the last one.
 #define ENTRY(name, M)                                                                                 \
     extern "C" void name(const Model* model, const Rows* rows, int64_t first, int64_t last, int32_t ends) { \
         decode<M>(model, rows, first, last, ends != 0);                                                 \

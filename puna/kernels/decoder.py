@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puna.kernels import matrix, native, rowwise
+from puna.kernels import matrix, native, products, rowwise
 from puna.kernels.library import NAMES, load
 from puna.kernels.matrix import Matrix
 from puna.kernels.pages import Pages, Step
+from puna.kernels.panels import WIDTH
 
 FEW = 32  # rows of which all layers are computed in one call; between two calls Ctrl-C is heard
+_LOOKUPS = {"float32": 1, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4}  # as embedding.hpp has them
 _POINTER, _COUNT, _THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
@@ -47,8 +49,10 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """All that a model is after its embedding."""
+    """What a model's pass is computed from."""
 
+    embedding: Matrix | Tensor | None
+    """In panels, or as a matrix (V, D); None: rows are given as they are embedded."""
     layers: Sequence[Layer]
     norm: Norm
     head: Sequence[Matrix]
@@ -85,9 +89,14 @@ class _Layer(ctypes.Structure):
     ]
 
 
+class _Embedding(ctypes.Structure):
+    _fields_ = [("matrix", _POINTER), ("count", _COUNT), ("kind", _THREADS), ("width", _THREADS)]
+
+
 class _Model(ctypes.Structure):
     _fields_ = [
         ("kernels", _Kernels),
+        ("embedding", _Embedding),
         ("layers", _POINTER),
         ("norm", _Norm),
         ("head", _Linear),
@@ -97,7 +106,8 @@ class _Model(ctypes.Structure):
 
 class _Rows(ctypes.Structure):
     _fields_ = [
-        *((name, _POINTER) for name in ("x", "cos", "sin", "angles", "step", "hidden", "chosen", "logits")),
+        *((name, _POINTER) for name in ("ids", "x", "cos", "sin", "angles")),
+        *((name, _POINTER) for name in ("step", "hidden", "chosen", "logits")),
         ("R", _COUNT),
         ("C", _COUNT),
         ("threads", _THREADS),
@@ -115,24 +125,39 @@ class Decoder:
         self._parts, self._dtype, self._call, self._model = parts, dtype, call, model
         self._outputs = sum(each.outputs for each in parts.head)
 
+    def embeds(self, ids: Sequence[int]) -> bool:
+        """Whether these rows' tokens can be embedded here."""
+        return min(ids) >= 0 and max(ids) < self._model.embedding.count
+
     def __call__(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], which: list[int], step: Step, chosen: Sequence[int]
+        self,
+        given: Sequence[int] | Tensor,
+        angles: tuple[Tensor, Tensor],
+        which: list[int],
+        step: Step,
+        chosen: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
         """Hidden states (R, D), normalised, and the logits (C, V) of the chosen rows.
 
-        x (R, D) holds the embedded rows, and something else afterwards; `which` says of each where its
-        cosines and sines stand in `angles`, (P, H) each; `step` says whose they are.
+        `given` are the rows' tokens, which it `embeds`, or what they are embedded as, (R, D), which is
+        something else afterwards; `which` says of each row where its cosines and sines stand in `angles`,
+        (P, H) each; `step` says whose the rows are.
         """
         R, (cos, sin) = len(which), angles
-        assert x.is_contiguous() and x.dtype == self._dtype and len(x) == step.rows == R
-        assert cos.is_contiguous() and sin.is_contiguous() and min(which) >= 0 and max(which) < len(cos)
+        if isinstance(given, Tensor):
+            ids, x = array("q"), given
+            assert x.is_contiguous() and x.dtype == self._dtype
+        else:
+            assert self.embeds(given)
+            ids, x = array("q", given), torch.empty(R, self._model.D, dtype=self._dtype)
+        assert len(given) == step.rows == R and min(which) >= 0 and max(which) < len(cos)
         hidden, logits = torch.empty_like(x), x.new_empty(len(chosen), self._outputs)
         turned, wanted = array("q", which), array("q", chosen)
         prepared = native.prepare(step)  # held until the last call returns, as all above
         rows = _Rows(
-            x.data_ptr(), cos.data_ptr(), sin.data_ptr(), turned.buffer_info()[0], prepared.address,
-            hidden.data_ptr(), wanted.buffer_info()[0], logits.data_ptr(), R, len(chosen),
-            torch.get_num_threads(),
+            ids.buffer_info()[0] if ids else None, x.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+            turned.buffer_info()[0], prepared.address, hidden.data_ptr(), wanted.buffer_info()[0],
+            logits.data_ptr(), R, len(chosen), torch.get_num_threads(),
         )  # fmt: skip
         count = len(self._parts.layers)
         each = count if R <= FEW else 1
@@ -159,6 +184,7 @@ def decoder(parts: Parts, dtype: torch.dtype) -> Decoder | None:
     D, F = parts.layers[0].o_proj[0].outputs, parts.layers[0].down_proj[0].inputs
     model = _Model(
         _Kernels(*map(_address, calls)),
+        maker.embedding(parts.embedding, sum(each.outputs for each in parts.head)),
         ctypes.addressof(layers),
         maker.norm(parts.norm),
         head,
@@ -189,6 +215,17 @@ class _Maker:
             self.linear(layer.down_proj),
         )
 
+    def embedding(self, held: Matrix | Tensor | None, V: int) -> _Embedding:
+        if held is None:
+            return _Embedding(None, 0, 0, 0)
+        if isinstance(held, Tensor):
+            self.held.append(held.detach())
+            told, kind = products.described(held, None, None, held.shape[1], V, held.shape[1]), 0
+        else:
+            told, kind = self._described(held), _LOOKUPS[held.kind]
+        self.held.append(told)
+        return _Embedding(ctypes.addressof(told), V, kind, WIDTH)
+
     def norm(self, norm: Norm) -> _Norm:
         self.held.append(norm.weight.detach())
         return _Norm(norm.weight.data_ptr(), norm.eps)
@@ -208,11 +245,15 @@ class _Maker:
         call = matrix.compiled(one.kind, self.dtype)
         if call is None:
             raise LookupError(one.kind)
+        told = self._described(one)
+        return _Product(ctypes.addressof(told), _address(call))
+
+    def _described(self, one: Matrix) -> products.Described:
         told = matrix.described(one)
         # A parameter may be given other memory (`.data = …`) while its old memory is read here.
         kept = [x.detach() for x in (one.panels, one.scales, one.bias) if x is not None]
         self.held += [told, kept]
-        return _Product(ctypes.addressof(told), _address(call))
+        return told
 
 
 def _address(call: Any) -> int | None:

@@ -227,6 +227,9 @@ template <class A, class S, class M> struct Tile {
         for (long at = 0; at < value_bytes; at += 64) __builtin_prefetch(values + at, 0, 2);
     }
 
+    // Of another tile, which comes next.
+    void fetch_first() const { fetch(first_block()); }
+
     void attend_block(int block, const Term* q, const Partial<A>& partial, A* scratch) const {
         const auto [K, G, H, P] = shape;
         const long place = long(rows.table[block]) * K + head;
@@ -383,11 +386,15 @@ template <class A, class S, class M> struct Call {
                 store_rows<S, M>(pages, shape, rows[item / shape.K], item % shape.K, k, v);
             });
         if (split) attend_split(items, threads);
-        else
-            for_each(items, threads, [&](int item) {
-                if (whole) store_rows<S, M>(pages, shape, rows[item / shape.K], item % shape.K, k, v);
-                attend_whole(tile(item));
+        else if (whole)
+            for_stretches(items, threads, [&](int item) {
+                const auto tile = this->tile(item);
+                if (item + 1 < items) this->tile(item + 1).fetch_first();
+                store_rows<S, M>(pages, shape, rows[item / shape.K], item % shape.K, k, v);
+                attend_whole(tile);
             });
+        else
+            for_each(items, threads, [&](int item) { attend_whole(tile(item)); });
     }
 
     void plan() {

@@ -15,13 +15,13 @@ from puna.engine.captured import Captured
 from puna.engine.engine import Engine
 from puna.engine.llm import LLM
 from puna.errors import ModelError
-from puna.kernels import integers
+from puna.kernels import integers, panels
 from puna.kernels.library import load
 from puna.kernels.matrix import Matrix
 from puna.kernels.pages import BLOCK
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
-from puna.quantize.packed import PackedLinear
+from puna.quantize.packed import PackedEmbedding, PackedLinear
 from puna.quantize.packing import pack, unpack
 from tests.model.shapes import CONFIGS, model_of
 
@@ -113,6 +113,30 @@ def test_a_pass_has_the_bits_of_the_modules(name: str, quantized: bool, dtype: t
 @pytest.mark.parametrize("name", CONFIGS)
 def test_so_it_has_for_every_option(name: str, threads: int, dtype: torch.dtype) -> None:
     assert_same_bits(packed(CONFIGS[name], dtype), threads=threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["matrix", "panels", "int8", "int4"])
+def test_tokens_are_looked_up_in_embeddings_of_every_kind(kind: str, dtype: torch.dtype) -> None:
+    model = model_of(MIXED, dtype).eval()
+    weight = model.model.embed_tokens.weight
+    if kind != "matrix":
+        V, D = weight.shape
+        plain = Matrix(panels.into_panels(weight.detach()), None, None, V)
+        held = plain if kind == "panels" else whole_numbers(V, D, kind == "int4", 16)
+        model.model.embed_tokens = PackedEmbedding(held, dtype)
+    pack(model)
+    found = captured(model, cache_of(model))
+    assert found._call.embeds([0, 96]) and not found._call.embeds([97]) and not found._call.embeds([-1, 3])
+    assert_same_bits(model)
+
+
+def test_a_token_that_is_none_is_refused_by_the_models_own_embedding() -> None:
+    model = packed(MIXED)
+    cache = cache_of(model)
+    cache.begin([[0]], [0], [1], 1, None)
+    with pytest.raises(IndexError):
+        captured(model, cache).run([97], [0], [0])
 
 
 def whole_numbers(outputs: int, inputs: int, int4: bool, group: int) -> Matrix:

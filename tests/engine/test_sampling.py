@@ -668,3 +668,18 @@ def test_settings_survive_being_written_down() -> None:
     for params in (SamplingParams(), SamplingParams(choice=["a"], logit_bias={3: 1.0}, best_of=3)):
         assert parse(SamplingParams, params.model_dump()) == params
         assert parse(SamplingParams, params.model_dump(mode="json")) == params
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"min_new_tokens": 1}, {"logit_bias": {3: 1.0}}, {"repetition_penalty": 1.1},
+        {"presence_penalty": 0.1}, {"frequency_penalty": 0.1}, {"logprobs": 0}, {"temperature": 0.5},
+        {"n": 1, "best_of": 2}, {"constraint": Allowing(8, [1])},
+    ],
+    ids=lambda params: next(iter(params)),
+)  # fmt: skip
+def test_a_state_that_a_rule_may_ever_be_asked_for_is_not_merely_greedy(params: dict[str, Any]) -> None:
+    assert state_of(temperature=0.0).greedy
+    assert state_of(temperature=0.0, top_k=2, top_p=0.5, min_p=0.1, seed=1).greedy
+    assert not state_of(**{"temperature": 0.0, **params}).greedy

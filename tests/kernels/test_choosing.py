@@ -296,3 +296,19 @@ def test_rows_need_not_lie_side_by_side(choose: Chooser) -> None:
     assert choose(wide[:, 10:900], None, {}, asked) == expected
     assert choose(wide[:, 10:900].t().contiguous().t(), None, {}, asked) == expected
     assert choose(wide[:1, 10:900].expand(5, -1), None, {}, asked) == expected[:1] * 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_likeliest_of_every_row(choose: Chooser, dtype: torch.dtype) -> None:
+    """The first of equals; none where a row is not finite; rows need not lie side by side."""
+    for V in (1, 63, 64, 1000, 32_003):
+        logits = torch.randn(7, 2 * V, generator=torch.Generator().manual_seed(V)).to(dtype)[:, :V]
+        logits[2] = 1.5
+        logits[3, V - 1] = logits[3, V // 2] = 100
+        logits[4, V // 3], logits[5, V // 3], logits[6, V // 3] = math.nan, math.inf, -math.inf
+        expected = [int((row == row.max()).nonzero()[0]) for row in logits[:4]]
+        found = list(choose.likeliest(logits))
+        assert found[:4] == expected
+        assert found[4:6] == [-1, -1]
+        assert found[6] == (-1 if V == 1 else int(logits[6].argmax()))
+        assert found == [one for row in logits for one in choose.likeliest(row[None])]
