@@ -219,12 +219,13 @@ template <class A, class S, class M> struct Tile {
 
     // The processor follows addresses within a page; where the next block lies only the table knows.
     void fetch(int block) const {
-        const long place = long(rows.table[block]) * shape.K + head;
-        const char* keys = static_cast<const char*>(pages.keys) + place * shape.H * BLOCK * sizeof(S);
-        const char* values = static_cast<const char*>(pages.values) + place * BLOCK * shape.P * sizeof(S);
-        const long key_bytes = long(shape.H * BLOCK * sizeof(S)), value_bytes = long(BLOCK * shape.P * sizeof(S));
-        for (long at = 0; at < key_bytes; at += 64) __builtin_prefetch(keys + at, 0, 2);
-        for (long at = 0; at < value_bytes; at += 64) __builtin_prefetch(values + at, 0, 2);
+        const long place = long(rows.table[block]) * shape.K + head, row = BLOCK * I * long(sizeof(S));
+        const int slots = block == last_block() ? own(queries - 1) % BLOCK + 1 : BLOCK;
+        const char* keys = static_cast<const char*>(pages.keys) + place * (shape.H / I) * row;
+        const char* values = static_cast<const char*>(pages.values) + place * BLOCK * shape.P * long(sizeof(S));
+        for (int h = 0; h < shape.H; h += I, keys += row)
+            for (long at = 0; at < slots * I * long(sizeof(S)); at += 64) __builtin_prefetch(keys + at, 0, 2);
+        for (long at = 0; at < slots * shape.P * long(sizeof(S)); at += 64) __builtin_prefetch(values + at, 0, 2);
     }
 
     // Of another tile, which comes next.
@@ -239,7 +240,8 @@ template <class A, class S, class M> struct Tile {
 
         std::fill(scores, scores + long(queries) * BLOCK, A(0));
         const auto* keys = static_cast<const Place*>(pages.keys) + place * (H / I) * BLOCK;
-        multiply(q, H / I, keys, BLOCK, H / I, scores, BLOCK, BLOCK, wide);
+        const int end = int(rounded(to + 1, LANES<A>));  // beyond it nothing is seen, nor read
+        multiply(q, H / I, keys, BLOCK, H / I, scores, BLOCK, end, wide);
         const float* scales = scaled ? pages.key_scales + place * BLOCK : nullptr;
         for (int query = 0; query < queries; ++query) weigh(query, base, scores + query * BLOCK, scales, partial);
         if constexpr (scaled)

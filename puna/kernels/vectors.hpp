@@ -164,7 +164,7 @@ template <class A> inline Vec<A> counting() {  // 0, 1, 2, …
     return found;
 }
 
-inline Vec<float> exponential(Vec<float> x) {
+__attribute__((always_inline)) inline Vec<float> exponential(Vec<float> x) {
     // 2^n · e^r with |r| ≤ ln 2 / 2, where the series up to r^7 is exact to 6e-9. NaN stays NaN, and what is
     // below the normal numbers becomes 0.
     using Bits = Vec<int32_t>;
