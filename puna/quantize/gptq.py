@@ -10,8 +10,11 @@ So from the last column to the first each takes the ŵ nearest to w_k plus the f
 This is the paper's algorithm, its columns counted backwards, without the inverse of H (that they agree is
 theorem 6 of QuIP, arXiv 2307.13304). Two things follow that the paper has not: sweeps over the groups, which
 move each scale, then each code, to where the error is least while all others stay; and, where the inputs s of
-the same layer in the source are known too, an aim that makes good what the layers before lost: s Wᵀ, which
-is x W*ᵀ with W* = W + W Σ (s - x)ᵀx H⁻¹.
+the same layer in the source are known too, an aim that makes good what the layers before lost. The products
+should come to s Wᵀ, and where they are added to a stream that lacks m of the source's by then, to m + s Wᵀ;
+x W*ᵀ comes nearest to that with
+
+    W* = W + (W Σ (s - x)ᵀx + Σ mᵀx) H⁻¹
 
 O outputs   I inputs   G weights of a group   n rows of calibration
 """
@@ -50,7 +53,7 @@ class GptqSettings(Settings):
 
 @dataclass(frozen=True)
 class Outcome:
-    """A quantized matrix; its error Σ ‖x (W - Ŵ)ᵀ‖² and that of rounding to nearest, damping included.
+    """A quantized matrix; its error Σ ‖x (W* - Ŵ)ᵀ‖² and that of rounding to nearest, damping included.
 
     `fallbacks`: rows that rounding to nearest served better, and that were left so.
     """
@@ -88,14 +91,21 @@ class Gptq:
     rows: int = 0
     _hessian: Tensor = field(init=False, repr=False)
     _shift: Tensor | None = field(default=None, init=False, repr=False)
+    _missing: Tensor | None = field(default=None, init=False, repr=False)
     _factor: _Factor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._hessian = torch.zeros(self.inputs, self.inputs, dtype=self.dtype, device=self.device)
 
     @torch.no_grad()
-    def add(self, x: Tensor, source: Tensor | None = None) -> None:
-        """Count calibration inputs (…, I); `source` are those of the same layer in the source.
+    def add(self, x: Tensor, source: Tensor | None = None, missing: Tensor | None = None) -> None:
+        """Count calibration inputs (…, I).
+
+        Args:
+            x: what the quantized model gives the layer.
+            source: (…, I) what the source gives it, of the same text.
+            missing: (…, O) what the products are to make good beside: the source's stream that they are added
+                to less the quantized model's. All matrices fitted are then of one layer with O outputs.
 
         Raises:
             DataError: they are not finite.
@@ -108,8 +118,21 @@ class Gptq:
             lost = self._finite(source) - rows
             self._shift = torch.zeros_like(self._hessian) if self._shift is None else self._shift
             self._shift.addmm_(lost.T, rows)
+        if missing is not None:
+            self._add_missing(self._finite(missing, missing.shape[-1]), rows)
         self.rows += len(rows)
         self._factor = None
+
+    @torch.no_grad()
+    def aim(self, weight: Tensor) -> Tensor:
+        """W* (O, I): the matrix whose products with x are nearest to what those of W should come to.
+
+        Raises:
+            DataError: as `compensated`.
+        """
+        factor = self._factored()
+        parts = [self._aim(weight[rows], rows, factor) for rows in row_parts(tuple(weight.shape), _HELD)]
+        return torch.cat(parts)
 
     def quantized(self, weight: Tensor, format: Format, name: str = "the matrix") -> Packed:
         """A matrix (O, I) in int4; see `compensated`."""
@@ -128,7 +151,7 @@ class Gptq:
             raise ModelError(f"{name}: gptq makes int4 in groups, got {format}")
         factor = self._factored()
         parts = [
-            self._part(finite(weight[rows], name), format, name, factor)
+            self._part(finite(weight[rows], name), rows, format, name, factor)
             for rows in row_parts(tuple(weight.shape), _HELD)
         ]
         numbers, scales = (torch.cat([part[at] for part in parts]) for at in (0, 1))
@@ -136,10 +159,12 @@ class Gptq:
         packed = from_whole_numbers("int4", numbers, scales)
         return Outcome(packed, float(errors.sum()), float(nearest_errors.sum()), int(worse.sum()))
 
-    def _part(self, weight: Tensor, format: Format, name: str, factor: _Factor) -> tuple[Tensor, ...]:
+    def _part(
+        self, weight: Tensor, rows: slice, format: Format, name: str, factor: _Factor
+    ) -> tuple[Tensor, ...]:
         """Of some rows: whole numbers, scales, errors, those of rounding to nearest, which were left so."""
         nearest = quantized(weight, format, name)
-        aim = _aim(weight.to(factor.triangle), self._shift, factor)
+        aim = self._aim(weight, rows, factor)
         start = quantized(aim, format, name, factor.importance)
         assert start.scales is not None and nearest.scales is not None
         across = aim.T.contiguous()  # (I, O): what is done column by column then lies together
@@ -155,8 +180,24 @@ class Gptq:
         least = torch.minimum(errors, nearest_errors)
         return chosen[0].to(torch.int8), chosen[1].to(format.scales), least, nearest_errors, worse
 
-    def _finite(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.inputs).to(self._hessian)
+    def _aim(self, weight: Tensor, rows: slice, factor: _Factor) -> Tensor:
+        """W* of some rows of a matrix, which these are."""
+        aim = weight.to(factor.triangle)
+        if self._shift is None and self._missing is None:
+            return aim
+        lost = torch.zeros_like(aim) if self._shift is None else aim @ self._shift  # (O, I)
+        if self._missing is not None:
+            lost += self._missing[rows]
+        lost[:, factor.order] = torch.cholesky_solve(lost[:, factor.order].T, factor.triangle).T
+        return lost.add_(aim)
+
+    def _add_missing(self, missing: Tensor, rows: Tensor) -> None:
+        if self._missing is None:
+            self._missing = self._hessian.new_zeros(missing.shape[1], self.inputs)
+        self._missing.addmm_(missing.T, rows)
+
+    def _finite(self, x: Tensor, width: int | None = None) -> Tensor:
+        rows = x.reshape(-1, width or self.inputs).to(self._hessian)
         if not bool(torch.isfinite(rows).all()):
             raise DataError(
                 "calibration gave NaN or infinite activations: load the model in a wider number type"
@@ -208,16 +249,6 @@ def _triangle(hessian: Tensor, order: Tensor, added: Tensor) -> Tensor | None:
     ordered.diagonal().add_(added[order])
     triangle, failed = torch.linalg.cholesky_ex(ordered)
     return None if int(failed) else triangle
-
-
-def _aim(weight: Tensor, shift: Tensor | None, factor: _Factor) -> Tensor:
-    """W*: the matrix whose products with x are nearest to those of W with the source's inputs."""
-    if shift is None:
-        return weight
-    lost = (weight @ shift)[:, factor.order]  # (O, I)
-    aim = weight.clone()
-    aim[:, factor.order] += torch.cholesky_solve(lost.T, factor.triangle).T
-    return aim
 
 
 def _compensated(across: Tensor, scales: Tensor, factor: _Factor) -> Tensor:

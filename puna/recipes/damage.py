@@ -42,14 +42,20 @@ def worst(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Empty where nothing was measured.
     """
-    measured = [layer for layer in layers if "own" in layer and layer["matrices"]]
-    ranked = sorted(measured, key=lambda layer: -layer["own"])[:WORST]
-    return [_suffering(layer) for layer in ranked if layer["own"] > 0]
+    # Beside gptq all others are off on purpose: they make good what gptq's lose.
+    fitted = any(about["scheme"] == "gptq" for layer in layers for about in layer["matrices"].values())
+    blamed = [
+        {name: about for name, about in layer["matrices"].items() if not fitted or about["scheme"] == "gptq"}
+        for layer in layers
+    ]
+    measured = [pair for pair in zip(layers, blamed, strict=True) if pair[0].get("own", 0) > 0 and pair[1]]
+    ranked = sorted(measured, key=lambda pair: -pair[0]["own"])[:WORST]
+    return [_suffering(*pair) for pair in ranked]
 
 
-def _suffering(layer: Mapping[str, Any]) -> dict[str, Any]:
-    matrix = max(layer["matrices"], key=lambda name: layer["matrices"][name][PRIMARY])
-    about = layer["matrices"][matrix]
+def _suffering(layer: Mapping[str, Any], matrices: Mapping[str, Any]) -> dict[str, Any]:
+    matrix = max(matrices, key=lambda name: matrices[name][PRIMARY])
+    about = matrices[matrix]
     better = "int8" if about["scheme"] in ("int4", "gptq") else "keep"
     return {
         "layer": layer["layer"],

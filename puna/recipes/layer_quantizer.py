@@ -4,7 +4,8 @@ Texts pass as `HiddenStates`: `source` through the source's layers, `numbers` th
 the numbers as files hold them, `engine` also with the products as the engine computes them, whose inputs are
 whole numbers. `fitted` is the text that gptq fits to; it passes through the quantized layers too, so that
 each matrix makes good what those before it did (arXiv 2210.17323). `aimed` is the same text on its way
-through the source: what the products of a matrix should come to.
+through the source: what the products of a matrix should come to, or, where they are added to the stream of
+states, what the stream should come to. Matrices beside gptq's that are rounded to nearest take the same aim.
 
     B sequences   T positions   R rows (B · T)   D width   I inputs   O outputs
 """
@@ -45,6 +46,7 @@ STAGES = (
 )
 """The matrices of a layer in the order of their products; those of one stage take the same input."""
 
+_ADDED = ("o_proj", "down_proj")  # their products are added to the stream of states
 MATRICES = tuple(name for _, names in STAGES for name in names)
 _SAMPLED = 1024  # rows on which a matrix's own error is measured
 _ROUNDED = ("int8", "int4")  # schemes whose products take whole numbers
@@ -206,15 +208,17 @@ class _ReachedError(Exception):
 def _fitting(
     layer: Layer, original: Layer | None, parent: str, names: list[str], texts: Texts, place: str
 ) -> Gptq | None:
-    """What gptq knows of the inputs of a stage; None where none of its matrices asks for it."""
+    """What is known of the inputs of a stage; None where no text is fitted to, or nothing is rounded."""
     text, aimed = texts.fitted, texts.aimed
-    if text is None or not any(layer.choices[f"{parent}.{name}"].scheme == "gptq" for name in names):
+    if text is None or not names:
         return None
     assert original is not None and aimed is not None
     found = Gptq(layer.linear(parent, names[0]).in_features, layer.gptq)
     for part in text.parts:
-        rows = _inputs(layer, parent, names[0], text.read(place, part))
-        found.add(rows, _inputs(original, parent, names[0], aimed.read(place, part)))
+        states, meant = text.read(place, part), aimed.read(place, part)
+        missing = meant - states if names[0] in _ADDED else None
+        rows, source = (_inputs(of, parent, names[0], x) for of, x in ((layer, states), (original, meant)))
+        found.add(rows, source, missing)
     return found
 
 
@@ -236,10 +240,11 @@ def _inputs(layer: Layer, parent: str, name: str, states: Tensor) -> Tensor:
 
 
 def _packed(weight: Tensor, choice: Choice, fitting: Gptq | None, name: str) -> Packed:
+    if fitting is None:
+        return quantized(weight, choice.format, name)
     if choice.scheme == "gptq":
-        assert fitting is not None
         return fitting.quantized(weight, choice.format, name)
-    return quantized(weight, choice.format, name)
+    return quantized(fitting.aim(weight), choice.format, name)
 
 
 def _replace(linear: nn.Linear, packed: Packed, rows: Tensor | None) -> dict[str, float]:

@@ -168,7 +168,8 @@ def prepared(
     tokenizer = tokenizer or source.tokenizer()
     _check_layout(chosen, source.config)
     _check_tokenizer(tokenizer)
-    widest = max((shapes(source.config)[name][1] for name in calibrated), default=0)
+    fitted = [name for name in chosen if calibrated and (name.startswith(LAYER) or name in calibrated)]
+    widest = max((shapes(source.config)[name][1] for name in fitted), default=0)
     text = None
     if settings.measure or calibrated:
         files, others = (list(map(Path, names)) for names in (calibration, measure_on))

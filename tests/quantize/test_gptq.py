@@ -11,6 +11,7 @@ from torch import Tensor
 
 from puna.errors import DataError, ModelError
 from puna.model.weights import Packed
+from puna.quantize import gptq as module
 from puna.quantize.codes import expand, whole_numbers
 from puna.quantize.gptq import Gptq, GptqSettings
 from puna.quantize.schemes import Format, quantized
@@ -162,13 +163,73 @@ def test_the_sources_inputs_make_good_what_was_lost_before() -> None:
     assert lost[1] < 0.7 * lost[0]
 
 
+def aimed(
+    rows: int = 600, inputs: int = 64, outputs: int = 48
+) -> tuple[Gptq, Tensor, Tensor, Tensor, Tensor]:
+    """What was collected of inputs, those of the source and what a stream lacks; these three, and W."""
+    source, weight = correlated(rows, inputs).double(), weight_of(outputs, inputs)
+    x = source + 0.2 * correlated(rows, inputs, seed=5)
+    missing = 0.3 * x @ weight_of(outputs, inputs, seed=6).double().T / inputs**0.5
+    missing += 0.1 * correlated(rows, outputs, seed=7)
+    found = Gptq(inputs, PAPER, dtype=torch.float64)
+    for parts in zip(x.split(250), source.split(250), missing.split(250), strict=True):
+        found.add(*parts)
+    return found, x, source, missing, weight
+
+
+def least_squares(x: Tensor, meant: Tensor, weight: Tensor) -> np.ndarray:
+    """The V that minimizes ‖x Vᵀ - meant‖² + damping · ‖V - W‖²."""
+    root = np.sqrt(0.01 * np.square(x.numpy()).sum(0).mean())
+    rows = np.concatenate([x.numpy(), root * np.eye(x.shape[1])])
+    goal = np.concatenate([meant.numpy(), root * weight.double().numpy().T])
+    return np.linalg.lstsq(rows, goal, rcond=None)[0].T
+
+
+@pytest.mark.parametrize("held", [1 << 26, 64 * 7], ids=["at once", "in parts"])
+def test_the_aim_is_the_least_squares_of_the_sources_stream(
+    held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_HELD", held)
+    gptq, x, source, missing, weight = aimed()
+    meant = missing + source @ weight.double().T
+    aim = gptq.aim(weight)
+    assert np.allclose(aim, least_squares(x, meant, weight), rtol=1e-6, atol=1e-7)
+    packed = gptq.quantized(weight, FORMAT)
+    assert packed.scales is not None
+    order = np.argsort(-np.square(x.numpy()).sum(0))
+    codes = reference(aim.numpy(), x.numpy(), packed.scales.double().numpy(), 32, 0.01, order)
+    assert np.array_equal(whole_numbers(packed).numpy(), codes)
+
+
+def test_a_stream_that_lacks_something_is_made_good_without_a_source_too() -> None:
+    _, x, _, missing, weight = aimed()
+    alone = Gptq(64, PAPER, dtype=torch.float64)
+    alone.add(x, missing=missing)
+    meant = missing + x @ weight.double().T
+    assert np.allclose(alone.aim(weight), least_squares(x, meant, weight), rtol=1e-6, atol=1e-7)
+
+
+def test_rounding_keeps_what_the_aim_gains() -> None:
+    gptq, x, source, missing, weight = aimed()
+    blind = Gptq(64, PAPER, dtype=torch.float64)
+    blind.add(x, source)
+    meant = missing + source @ weight.double().T
+    lost = [
+        float((x @ expand(found.quantized(weight, FORMAT)).double().T - meant).square().sum())
+        for found in (blind, gptq)
+    ]
+    left = float((x @ gptq.aim(weight).T - meant).square().sum())  # no matrix does better
+    assert lost[1] - left < 0.7 * (lost[0] - left)
+
+
 def test_the_source_being_the_same_changes_nothing() -> None:
     x, weight = correlated(300, 64), weight_of(16, 64)
     same = Gptq(64)
-    same.add(x, x)
+    same.add(x, x, torch.zeros(300, 16))
     alone = Gptq(64)
     alone.add(x)
     assert torch.equal(same.quantized(weight, FORMAT).data, alone.quantized(weight, FORMAT).data)
+    assert torch.equal(same.aim(weight), weight) and torch.equal(alone.aim(weight), weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -185,6 +246,8 @@ def test_bad_input() -> None:
         Gptq(64).quantized(weight, FORMAT)
     with pytest.raises(DataError, match="NaN or infinite activations: load the model in a wider number type"):
         Gptq(64).add(torch.full((2, 64), torch.nan))
+    with pytest.raises(DataError, match="NaN or infinite activations"):
+        Gptq(64).add(torch.zeros(2, 64), missing=torch.full((2, 4), torch.inf))
     with pytest.raises(ModelError, match="q_proj: gptq makes int4 in groups, got int8 per channel"):
         Gptq(64).quantized(weight, Format("int8", None, torch.float32), "q_proj")
     huge = Gptq(64)

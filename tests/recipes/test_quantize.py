@@ -25,6 +25,7 @@ from puna.model.config import ModelConfig
 from puna.model.initial import initial_weights
 from puna.model.weights import Packed, Weights, weights_of
 from puna.recipes import model_quantizer
+from puna.recipes.damage import worst
 from puna.recipes.describe import describe
 from puna.recipes.quantization import quantize
 from puna.recipes.quantize_settings import read_quantize_settings, settings_of
@@ -208,6 +209,29 @@ def test_gptq_loses_less_than_rounding(saved: Path, text: Path, tmp_path: Path) 
     assert lost["gptq"] < 0.8 * lost["int4"]
 
 
+def test_what_is_added_to_the_stream_makes_good_what_the_stream_lacks(
+    saved: Path, text: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Beside gptq, int8 is rounded to nearest from where the stream comes nearest to the source's."""
+    target, settings = tmp_path / "small", {"exceptions": {"*.o_proj": "int8", "*.down_proj": "int8"}}
+    quantized(saved, target, "gptq", text, settings=settings)
+    ids = measured_ids(tokenizer, text, 7, 64)[2:]  # those behind what is measured on
+    config = formats.open_model(saved).config.model_dump(mode="json")
+    before, after = numbers(saved), numbers(target)
+    meant, found = (numpy_llama.forward(config, weights, ids)[1]["layers"] for weights in (before, after))
+    for layer in range(2):
+        for name, stream, inputs in (("self_attn.o_proj", 0, 7), ("mlp.down_proj", 8, 13)):
+            key = f"model.layers.{layer}.{name}.weight"
+            s, x = (states[layer][inputs].reshape(320, -1) for states in (meant, found))
+            lacks = (meant[layer][stream] - found[layer][stream]).reshape(320, -1)
+            root = math.sqrt(0.01 * np.square(x).sum(0).mean())
+            goal = np.concatenate([lacks + s @ before[key].T, root * before[key].T])
+            aim = np.linalg.lstsq(np.concatenate([x, root * np.eye(x.shape[1])]), goal, rcond=None)[0].T
+            steps = np.abs(aim).max(1, keepdims=True) / 127
+            assert (np.abs(after[key] - aim) < 0.52 * steps).all(), key
+            assert (np.abs(after[key] - before[key]) > 2 * steps).mean() > 0.1, key
+
+
 def test_layers_that_suffer_are_told_with_what_helps(saved: Path, text: Path, tmp_path: Path) -> None:
     said: list[str] = []
     done = quantized(saved, tmp_path / "first", "int4", text, say=said.append)
@@ -232,6 +256,19 @@ def test_sizes(saved: Path, text: Path, tmp_path: Path) -> None:
     assert size["after"] == linear * 4.5 / 8 + 4 * plain_
     assert size["bits_per_quantized_weight"] == 4.5
     assert size["quantized_matrices"] == 15
+
+
+@pytest.mark.parametrize(
+    ("scheme", "advice"), [("gptq", "*.layers.0.*.v_proj=int8"), ("int4", "*.layers.0.*.down_proj=keep")]
+)
+def test_what_makes_good_the_loss_of_gptq_is_not_blamed(scheme: str, advice: str) -> None:
+    v, down = {"scheme": scheme, "engine": 0.1}, {"scheme": "int8", "engine": 0.2}
+    layers = [
+        {"layer": 0, "own": 0.1, "matrices": {"v_proj": v, "down_proj": down}},
+        {"layer": 1, "own": 0.0, "matrices": {"v_proj": v}},
+    ]
+    [found] = worst(layers)
+    assert found["advice"] == f"--except '{advice}'"
 
 
 class Killed(BaseException):
@@ -352,6 +389,11 @@ BAD: list[tuple[dict[str, Any], type[InputError], str]] = [
         "500|50[0-9] are asked for.*--calibration",
     ),
     ({"scheme": "gptq", "calibration": {"sequences": 1}}, DataError, "192 tokens are needed to fit to"),
+    (
+        {"scheme": "gptq", "calibration": {"sequences": 2}, "exceptions": {"*.down_proj": "int8"}},
+        DataError,
+        "192 tokens are needed to fit to",
+    ),
     ({"calibration": {"length": 128}}, DataError, "calibration.length is 128, and the model's context 64"),
     ({"colibration": {"length": 128}}, SettingsError, "unknown setting 'colibration'"),
     ({"gptq": {"damping": 0}}, SettingsError, "damping"),
