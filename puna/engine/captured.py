@@ -59,7 +59,7 @@ class Captured:
     def run(self, ids: list[int], positions: list[int], chosen: Items[int]) -> tuple[Tensor, Tensor]:
         """Normalised hidden states (R, D) of rows, and the logits (C, V) of the chosen ones.
 
-        Whose the rows are was told to the cache.
+        They hold until the next pass. Whose the rows are was told to the cache.
 
         Raises:
             ModelError: the model has another number type since.

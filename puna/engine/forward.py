@@ -52,7 +52,10 @@ class Forward:
             self._captured = Captured.of(self._model, self._cache)
 
     def run(self, parts: Items[Part], chosen: Items[int]) -> tuple[Tensor, Tensor]:
-        """Normalised hidden states (M, D) of the parts' rows, and the logits (R, V) of the chosen ones."""
+        """Normalised hidden states (M, D) of the parts' rows, and the logits (R, V) of the chosen ones.
+
+        They hold until the next pass.
+        """
         ids: list[int] = []
         positions: list[int] = []
         for part in parts:

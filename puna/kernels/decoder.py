@@ -124,6 +124,7 @@ class Decoder:
         """For `decoder` to make."""
         self._parts, self._dtype, self._call, self._model = parts, dtype, call, model
         self._outputs = sum(each.outputs for each in parts.head)
+        self._room: tuple[Tensor, Tensor, Tensor] | None = None
 
     def embeds(self, ids: Sequence[int]) -> bool:
         """Whether these rows' tokens can be embedded here."""
@@ -137,21 +138,21 @@ class Decoder:
         step: Step,
         chosen: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states (R, D), normalised, and the logits (C, V) of the chosen rows.
+        """Hidden states (R, D), normalised, and the logits (C, V) of the chosen rows, until the next call.
 
         `given` are the rows' tokens, which it `embeds`, or what they are embedded as, (R, D), which is
         something else afterwards; `which` says of each row where its cosines and sines stand in `angles`,
         (P, H) each; `step` says whose the rows are.
         """
         R, (cos, sin) = len(which), angles
+        x, hidden, logits = self._rooms(R, len(chosen))
         if isinstance(given, Tensor):
             ids, x = array("q"), given
             assert x.is_contiguous() and x.dtype == self._dtype
         else:
             assert self.embeds(given)
-            ids, x = array("q", given), torch.empty(R, self._model.D, dtype=self._dtype)
+            ids = array("q", given)
         assert len(given) == step.rows == R and min(which) >= 0 and max(which) < len(cos)
-        hidden, logits = torch.empty_like(x), x.new_empty(len(chosen), self._outputs)
         turned, wanted = array("q", which), array("q", chosen)
         prepared = native.prepare(step)  # held until the last call returns, as all above
         rows = _Rows(
@@ -165,6 +166,15 @@ class Decoder:
             last = first + each
             self._call(ctypes.addressof(self._model), ctypes.addressof(rows), first, last, last == count)
         return hidden, logits
+
+    def _rooms(self, R: int, C: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For rows, their hidden states and logits: the same again where few rows are as many as before."""
+        if self._room is not None and (len(self._room[0]), len(self._room[2])) == (R, C):
+            return self._room
+        x, hidden = (torch.empty(R, self._model.D, dtype=self._dtype, device="cpu") for _ in range(2))
+        found = x, hidden, torch.empty(C, self._outputs, dtype=self._dtype, device="cpu")
+        self._room = found if R <= FEW else None
+        return found
 
 
 def decoder(parts: Parts, dtype: torch.dtype) -> Decoder | None:

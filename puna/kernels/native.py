@@ -30,7 +30,7 @@ class DescribedPages(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.POINTER(ctypes.c_int32)) for name in ("tables", "offsets", "starts", "counts")),
+        *((name, ctypes.c_void_p) for name in ("tables", "offsets", "starts", "counts")),
         *((name, ctypes.c_int32) for name in ("sequences", "rows", "window", "threads")),
     ]
 
@@ -105,7 +105,7 @@ def prepare(step: Step) -> Prepared:
     offsets = [0, *accumulate(len(table) for table in step.tables)]
     flat = [block for table in step.tables for block in table]
     arrays = [array("i", numbers or [0]) for numbers in (flat, offsets, step.starts, step.counts)]
-    pointers = [ctypes.cast(x.buffer_info()[0], ctypes.POINTER(ctypes.c_int32)) for x in arrays]
+    pointers = [x.buffer_info()[0] for x in arrays]
     window = NO_WINDOW if step.window is None else min(step.window, NO_WINDOW)
     held = _Step(*pointers, len(step.counts), step.rows, window, torch.get_num_threads())
     return Prepared(ctypes.addressof(held), (held, *arrays))
