@@ -15,10 +15,12 @@ it leaves the files in the page cache and Puna's kernels compiled, as any use be
   the end of its process.
 
 `seconds` are from the start of the process to the first token as its parent learns of it (or to its end, see
-above): medians, with the lowest and the highest. Memory is the most that was held at any moment: `anonymous`,
-which is the process's alone, and `resident`, with the pages of mapped files, which others share and the
-system may take back; `of the file` compares them with the bytes of the weights. Linux only. The directory may
-be that of benchmarks/serving.py, but not that of decoding.py, whose model has no tokenizer.
+above): medians, with the lowest and the highest. `processor seconds` are those of all its threads and of the
+system for it, to its end: on a machine that others use too their lowest tells most. Memory is the most that
+was held at any moment: `anonymous`, which is the process's alone, and `resident`, with the pages of mapped
+files, which others share and the system may take back; `of the file` compares them with the bytes of the
+weights. Linux only. The directory may be that of benchmarks/serving.py, but not that of decoding.py, whose
+model has no tokenizer.
 """
 
 from __future__ import annotations
@@ -70,9 +72,10 @@ print("first token", flush=True)
 
 @dataclass(frozen=True)
 class Start:
-    """What one start took: seconds, and the most bytes that were held."""
+    """What one start took: seconds, those of processors, and the most bytes that were held."""
 
     seconds: float
+    processor: float
     anonymous: int
     resident: int
 
@@ -85,6 +88,7 @@ def puna(options: argparse.Namespace, weights: Weights) -> list[str]:
 def puna_generate(options: argparse.Namespace, weights: Weights) -> list[str]:
     """The command takes texts; so many words are at least so many tokens."""
     command = [sys.executable, "-m", "puna", "generate", str(weights.puna), "--dtype", weights.dtype]
+    command += ["--tokenizer", str(options.tokenizer)]  # GGUF files that were made elsewhere may lack one
     command += ["--device", "cpu", "--prompt", " ".join(["time"] * (options.prompt - 1))]
     command += [] if weights.quantize is None else ["--quantize", weights.quantize["scheme"]]
     return [*command, "--max-new-tokens", "1", "--temperature", "0"]
@@ -155,11 +159,12 @@ def _start(command: list[str], options: argparse.Namespace) -> Start:
     for line in process.stdout:
         if line.strip() == READY:
             seconds = time.perf_counter() - began
-    status = process.wait()
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
     ended = time.perf_counter() - began
     if status:
-        raise SystemExit(f"{command[:6]} ended with status {status}")
-    return Start(seconds or ended, *most.end())
+        raise SystemExit(f"{command[:6]} ended with status {process.returncode}")
+    return Start(seconds or ended, used.ru_utime + used.ru_stime, *most.end())
 
 
 class Most:
@@ -200,7 +205,8 @@ def _row(weights: Weights, name: str, rounds: list[dict[str, Start]]) -> Mapping
     row: dict[str, object] = {
         "format": weights.format,
         "program": name,
-        "seconds": f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})",
+        "seconds": _spread(seconds),
+        "processor seconds": _spread([start.processor for start in starts]),
         "anonymous MB": round(statistics.median(start.anonymous for start in starts) / 1e6),
         "resident MB": round(statistics.median(start.resident for start in starts) / 1e6),
         "weights MB": round(size / 1e6),
@@ -209,8 +215,12 @@ def _row(weights: Weights, name: str, rounds: list[dict[str, Start]]) -> Mapping
     }
     if name != "puna" and "puna" in rounds[0]:
         ratios = [results[name].seconds / results["puna"].seconds for results in rounds]
-        row["seconds, it/puna"] = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        row["seconds, it/puna"] = _spread(ratios)
     return row
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 if __name__ == "__main__":

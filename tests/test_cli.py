@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from puna.cli import printing
+from tests.formats import gguf_files
+from tests.model.shapes import CONFIGS, model_of
 
 
 def puna(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
@@ -26,6 +28,38 @@ def test_importing_loads_nothing_heavy(program: str) -> None:
     code = f"{program}; import sys; print(*(m for m in {HEAVY!r} if m in sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == ""
+
+
+# Each takes as long to import as a small model to load.
+NOT_FOR_ANSWERS = (
+    "transformers",
+    "gguf",
+    "yaml",
+    "jinja2",
+    "zstandard",
+    "pyarrow",
+    "matplotlib",
+    "llguidance",
+)
+NOT_FOR_ANSWERS += ("huggingface_hub", "fastapi", "tensorboard", "puna.recipes.generate_file", "puna.train")
+
+
+def test_an_answer_loads_only_what_it_needs(tmp_path: Path) -> None:
+    tokenizer = gguf_files.small_tokenizer()
+    config = CONFIGS["grouped"].model_copy(update={"vocab_size": tokenizer.vocab_size})
+    gguf_files.write(tmp_path / "m.gguf", model_of(config), tokenizer, dtype="q8_0")
+    command = ["generate", str(tmp_path / "m.gguf"), "--prompt", "a", "--max-new-tokens", "1"]
+    program = f"""
+import sys
+from puna import cli
+sys.argv = ["puna", *{command!r}]
+try:
+    cli.main()
+except SystemExit as end:
+    print(end.code, *(module for module in {NOT_FOR_ANSWERS!r} if module in sys.modules))
+"""
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert told.splitlines()[-1] == "0"
 
 
 @pytest.mark.parametrize(

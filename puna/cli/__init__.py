@@ -1,7 +1,8 @@
 """The door: parse, call, print. No logic, and nothing heavy is imported before a command needs it.
 
 app.py         the commands as one program, and how it ends
-options.py     what several commands take; printing.py: where what they say goes
+options.py     what several commands take; printing.py: where what they say goes; importing.py: how
+               libraries come without delay
 training.py, generation.py, models.py, quantizing.py, measuring.py, tokenizers.py: the
                commands, a function each
 """

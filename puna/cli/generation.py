@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from puna.cli.importing import quickly
 from puna.cli.options import (
     CacheDir,
     Device,
@@ -96,12 +97,12 @@ def generate(
     Exit code 3: some lines of the file could not be answered; their errors stand among the answers.
     """
     loading = announce("Loading …")  # libraries, then the model
-    from puna.errors import CheckFailed
-    from puna.progress import on_stderr
-    from puna.recipes.generate import generate as run
-    from puna.recipes.generate_file import FileJob, generate_file
-    from puna.recipes.models import ModelChoice
-    from puna.recipes.sampling_options import sampling_options
+    with quickly():
+        from puna.errors import CheckFailed
+        from puna.progress import on_stderr
+        from puna.recipes.generate import generate as run
+        from puna.recipes.models import ModelChoice
+        from puna.recipes.sampling_options import sampling_options
 
     if (prompt is None) == (prompts is None):
         raise InputError("give either --prompt TEXT, which may be repeated, or --prompts FILE")
@@ -125,6 +126,8 @@ def generate(
             raise InputError("log-probabilities are shown in JSON alone; add --json, or give --prompts FILE")
         emit(run(opened(), prompt, options.sampling, write, note), as_json)
         return
+    from puna.recipes.generate_file import FileJob, generate_file
+
     assert prompts is not None
     job = FileJob(prompts, out or "-", options, template, resume)
     result = generate_file(job, opened, write, on_stderr)
@@ -162,10 +165,11 @@ def chat(
     is 2 if one of them could not be answered.
     """
     loading = announce("Loading …")
-    from puna.recipes.chat import chat as run
-    from puna.recipes.models import ModelChoice
-    from puna.recipes.sampling_options import sampling_options
-    from puna.recipes.terminal import is_person, line_reader
+    with quickly():
+        from puna.recipes.chat import chat as run
+        from puna.recipes.models import ModelChoice
+        from puna.recipes.sampling_options import sampling_options
+        from puna.recipes.terminal import is_person, line_reader
 
     chosen = given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     options = sampling_options(chosen, change or (), several=False)

@@ -105,11 +105,12 @@ class Arriving:
             value = quantized(value, self._formats[name], name)
         if isinstance(value, Tensor):
             return value.to(self._device, self._dtype)
-        known = canonical(value)
-        if known is not None and runs(name, known, self._device, self._dtype):
+        as_it_is = runs(name, value, self._device, self._dtype)
+        known = value if as_it_is else canonical(value)
+        if known is not None and (as_it_is or runs(name, known, self._device, self._dtype)):
             self._nf4 += known.scheme == "nf4"
-            data, scales = (part.to(self._device) for part in _parts(known))
-            return replace(known, data=data, scales=scales)
+            scales = None if known.scales is None else known.scales.to(self._device)
+            return replace(known, data=known.data.to(self._device), scales=scales)
         self._expanded[value.scheme] += 1
         return plain(value).to(self._device, self._dtype)
 

@@ -27,7 +27,6 @@ from puna.model.rope import DynamicScaling
 from puna.model.weights import weights_of
 from puna.quantize import packing
 from puna.settings import parse
-from puna.tokenizer import chat as chats
 from puna.tokenizer.tokenizer import Tokenizer
 
 _REBUILDING = threading.RLock()  # several threads may ask for a model's first answer at once
@@ -283,6 +282,8 @@ class LLM:
         return self.request(self.ids(prompt, specials), params, continues=True)
 
     def _conversation(self, messages: Messages, template: str | None, sampling: Mapping[str, Any]) -> Request:
+        from puna.tokenizer import chat as chats  # a library of templates, which few answers need
+
         params = parse(SamplingParams, sampling, "sampling")
         ids = chats.render(self._with_tokenizer(), messages, template)
         return self.request(ids, params, continues=False)

@@ -11,31 +11,38 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-import gguf
 import numpy as np
 import torch
-from gguf.constants import GGML_QUANT_SIZES
-from gguf.quants import quantize
 from torch import Tensor
 
 from puna.formats import blocks
 from puna.model.weights import Packed, Weights
 from puna.quantize import codes
 
-BLOCKS = {
-    name: gguf.GGMLQuantizationType[name.upper()]
-    for name in ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
+# As `gguf.constants` has them: the package takes long to import, and a file is read without it.
+BLOCKS = {"q8_0": 8, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q4_k": 12, "q5_k": 13, "q6_k": 14}
+"""The numbers that GGUF's schemes have in files."""
+_SIZES = {
+    "q8_0": (32, 34),
+    "q4_0": (32, 18),
+    "q4_1": (32, 20),
+    "q5_0": (32, 22),
+    "q5_1": (32, 24),
+    "q4_k": (256, 144),
+    "q5_k": (256, 176),
+    "q6_k": (256, 210),
 }
 WRITABLE = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1")  # the package expands the others, and does not make them
 CODED = ("int8", "int4", "nf4")
 """Schemes with codes and scales apart."""
+_MAGNITUDE, _INFINITE = 0x7FFF, 0x7C00  # of float16: all bits but the sign, and the least that is not finite
 _CHUNK = 1 << 22  # weights packed at once, so that a large matrix needs no more than itself
 _EXPANDED = 1 << 19  # weights expanded at once: what lies between stays in the caches
 
 
 def block_sizes(scheme: str) -> tuple[int, int]:
     """Weights and bytes of one block of a GGUF scheme."""
-    return GGML_QUANT_SIZES[BLOCKS[scheme]]
+    return _SIZES[scheme]
 
 
 def unpack(packed: Packed) -> Tensor:
@@ -109,12 +116,15 @@ def in_words(scheme: str, columns: int, groups: int, scales: str) -> str:
 
 def pack(tensor: Tensor, scheme: str) -> Packed:
     """A matrix (rows, columns) in one of the WRITABLE schemes; columns must be a multiple of its block."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
     rows, columns = tensor.shape
     weights, size = block_sizes(scheme)
     data = torch.empty(rows, columns // weights * size, dtype=torch.uint8)
     step = max(1, _CHUNK // columns)
     for at in range(0, rows, step):
-        part = quantize(tensor[at : at + step].float().numpy(), BLOCKS[scheme])
+        part = quantize(tensor[at : at + step].float().numpy(), GGMLQuantizationType(BLOCKS[scheme]))
         data[at : at + step] = torch.from_numpy(np.ascontiguousarray(part))
     return Packed(scheme, data, None, (rows, columns))
 
@@ -124,11 +134,13 @@ def scales_are_finite(packed: Packed) -> bool:
     if packed.scales is not None:
         return bool(torch.isfinite(packed.scales).all())
     _, size = block_sizes(packed.scheme)
-    data = packed.data.view(-1, size)
-    return all(
-        bool(torch.isfinite(data[:, at : at + 2].contiguous().view(torch.float16)).all())
-        for at in blocks.SCALES[packed.scheme]
-    )
+    halves = packed.data.view(torch.int16).view(-1, size // 2)  # blocks are of even sizes
+    largest = (_largest(halves[:, at // 2] & _MAGNITUDE) for at in blocks.SCALES[packed.scheme])
+    return all(each < _INFINITE for each in largest)
+
+
+def _largest(numbers: Tensor) -> int:
+    return int(numbers.max()) if numbers.numel() else 0
 
 
 def same_numbers(first: Tensor | Packed, second: Tensor | Packed) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from puna.kernels.panels import empty
 from puna.model.config import ModelConfig
 from puna.model.weights import Packed
 
@@ -49,4 +50,6 @@ def _interleave(rows: Tensor, heads: int) -> Tensor:
 
 
 def _split(rows: Tensor, heads: int) -> Tensor:
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    moved = rows.unflatten(0, (heads, -1, 2)).transpose(1, 2)
+    # In large pages: these are many, and the copies of all layers live until the model is packed.
+    return empty(tuple(moved.shape), moved.dtype, moved.device).copy_(moved).flatten(0, 2)

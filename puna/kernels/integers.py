@@ -24,6 +24,8 @@ from puna.kernels.products import SCALE_KINDS, Call, described, entry
 
 WIDTH = words.WIDTH
 KINDS = {torch.int8: "int8", torch.uint8: "int4"}
+STEPS = {torch.int8: 4, torch.uint8: 8}
+"""Inputs of a word."""
 LARGEST = 127
 """A row's largest number is made this."""
 LONGEST = (2**31 - 1) // (128 * LARGEST)
@@ -63,21 +65,40 @@ def suits(packed: Stored) -> bool:
     if data.device.type != "cpu" or not groups or inputs % groups:
         return False
     group = inputs // groups
-    return group % step == 0 and 0 < group <= LONGEST and bool(_calls())
+    return group % step == 0 and 0 < group <= LONGEST and compiled()
+
+
+def compiled() -> bool:
+    """Whether there is compiled code for products."""
+    return bool(_calls())
 
 
 def _per_byte(data: Tensor) -> int:
     return 2 if data.dtype == torch.uint8 else 1
 
 
-def into_panels(*pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def into_panels(
+    *pairs: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Data (O, I) int8 or (O, I/2) uint8 and scales (O, groups) of matrices, one below the other, in panels.
 
-    Data (P, I/4 or I/8, WIDTH, 4), scales (P, groups, WIDTH); what fills up the last panel is zero.
+    Data (P, I/4 or I/8, WIDTH, 4), scales (P, groups, WIDTH); what fills up the last panel is zero. `out` is
+    where they are laid, if that is chosen.
     """
-    data = words.into_panels(*(_as_words(data) for data, _ in pairs))
-    scales = words.into_panels(*(_as_single(scales) for _, scales in pairs))
-    return data.view(pairs[0][0].dtype), scales[..., 0].view(pairs[0][1].dtype)
+    first, factors = pairs[0]
+    chosen = (None, None) if out is None else (out[0].view(torch.float32), _as_single(out[1])[..., None])
+    data = words.into_panels(*(_as_words(data) for data, _ in pairs), out=chosen[0])
+    scales = words.into_panels(*(_as_single(scales) for _, scales in pairs), out=chosen[1])
+    return data.view(first.dtype), scales[..., 0].view(factors.dtype)
+
+
+def empty(
+    like: torch.dtype, rows: int, inputs: int, groups: int, scales: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Panels for data of a type and scales, of so many outputs; nothing is laid in them yet."""
+    count, step, cpu = words.count_of(rows), STEPS[like], torch.device("cpu")
+    data = words.empty((count, inputs // step, WIDTH, 4), like, cpu)
+    return data, words.empty((count, groups, WIDTH), scales, cpu)
 
 
 def out_of_panels(panels: Tensor, scales: Tensor, outputs: int) -> tuple[Tensor, Tensor]:

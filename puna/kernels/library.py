@@ -141,20 +141,25 @@ def _flags() -> Sequence[str]:
 
 def _key(source: Path, compiler: str) -> str:
     """What decides the result: source, headers beside it, flags, compiler, and the processor compiled for."""
-    command = [*shlex.split(compiler), "--version"]
-    version = subprocess.run(command, capture_output=True, check=False, timeout=SECONDS).stdout
     texts = [part for x in (source, *_headers(source)) for part in (x.name.encode(), x.read_bytes())]
-    parts = (*texts, " ".join(_flags()).encode(), compiler.encode(), version, _processor())
+    parts = (*texts, " ".join(_flags()).encode(), compiler.encode(), _version(compiler), _processor())
     digest = hashlib.sha256()
     for part in parts:
         digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()[:24]
 
 
+@functools.cache
+def _version(compiler: str) -> bytes:
+    command = [*shlex.split(compiler), "--version"]
+    return subprocess.run(command, capture_output=True, check=False, timeout=SECONDS).stdout
+
+
 def _headers(source: Path) -> Sequence[Path]:
     return sorted(source.parent.glob("*.hpp"))
 
 
+@functools.cache
 def _processor() -> bytes:
     information = Path("/proc/cpuinfo")
     if not information.is_file():

@@ -145,54 +145,7 @@ template <class M> void multiply(const Product<M>& call) {
     });
 }
 
-// --- Into panels: of words (rows, steps), each what a step takes of a row, WIDTH rows side by side
-
-template <class Word> void fill(const Word* from, Word* to, long rows, long steps, int threads) {
-    const long panels = (rows + WIDTH - 1) / WIDTH;
-    for_each(int(panels), threads, [=](int which) {
-        constexpr long SIDE = 256 / sizeof(Word);  // words of each row in turn: several cache lines
-        const long first = which * long(WIDTH), count = std::min<long>(WIDTH, rows - first);
-        Word* panel = to + first * steps;
-        alignas(64) Word square[SIDE * WIDTH] = {};  // rows beyond the last stay zero
-        for (long begin = 0; begin < steps; begin += SIDE) {
-            const long some = std::min(SIDE, steps - begin);
-            for (long row = 0; row < count; ++row) {
-                const Word* here = from + (first + row) * steps + begin;
-                for (int line = 0; line < 4; ++line) __builtin_prefetch(here + SIDE + line * SIDE / 4);
-                for (long step = 0; step < some; ++step) square[step * WIDTH + row] = here[step];
-            }
-            std::copy(square, square + some * WIDTH, panel + begin * WIDTH);
-        }
-    });
-}
-
-// Some rows of the matrix, by their numbers: (count, steps). False where one is not a row of it.
-template <class Word>
-bool gather(const Word* panels, const int64_t* which, Word* to, long count, long rows, long steps) {
-    for (long at = 0; at < count; ++at, to += steps) {
-        if (which[at] < 0 || which[at] >= rows) return false;
-        const Word* from = panels + which[at] / WIDTH * steps * WIDTH + which[at] % WIDTH;
-        for (long step = 0; step < steps; ++step) to[step] = from[step * WIDTH];
-    }
-    return true;
-}
-
 }  // namespace
-
-extern "C" bool gather_16(const uint16_t* panels, const int64_t* which, uint16_t* to, int64_t count, int64_t rows,
-                          int64_t steps) {
-    return gather(panels, which, to, count, rows, steps);
-}
-extern "C" bool gather_32(const uint32_t* panels, const int64_t* which, uint32_t* to, int64_t count, int64_t rows,
-                          int64_t steps) {
-    return gather(panels, which, to, count, rows, steps);
-}
-extern "C" void fill_16(const uint16_t* from, uint16_t* to, int64_t rows, int64_t steps, int32_t threads) {
-    fill(from, to, rows, steps, threads);
-}
-extern "C" void fill_32(const uint32_t* from, uint32_t* to, int64_t rows, int64_t steps, int32_t threads) {
-    fill(from, to, rows, steps, threads);
-}
 
 #define ENTRY(name, M)                                                                                    \
     extern "C" void name(const Matrix* matrix, const void* x, void* out, int64_t rows, int64_t out_stride, \

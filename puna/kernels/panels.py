@@ -44,20 +44,30 @@ def suits(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and n is not None and weight.shape[1] % n == 0 and bool(_calls())
 
 
-def into_panels(*weights: Tensor) -> Tensor:
-    """Matrices (O, I) one below the other in panels, (P, I/n, WIDTH, n); what fills up the last is zero."""
+def into_panels(*weights: Tensor, out: Tensor | None = None) -> Tensor:
+    """Matrices (O, I) one below the other in panels, (P, I/n, WIDTH, n); what fills up the last is zero.
+
+    `out` is where they are laid, if that is chosen.
+    """
     if any(len(weight) % WIDTH for weight in weights[:-1]):
         weights = (torch.cat(weights),)
     first = weights[0]
     n, inputs = INPUTS[first.dtype], first.shape[1]
-    count, steps = sum(-(-len(weight) // WIDTH) for weight in weights), inputs // n
-    panels = empty((count, steps, WIDTH, n), first.dtype, first.device)
+    count, steps = sum(map(count_of, map(len, weights))), inputs // n
+    shape = (count, steps, WIDTH, n)
+    panels = empty(shape, first.dtype, first.device) if out is None else out
+    assert panels.shape == shape and panels.dtype == first.dtype and panels.is_contiguous()
     places = _words(panels)
     for weight in weights:
         words = _words(weight.unflatten(1, (-1, n))).contiguous()  # (O, I/n)
         _fill(words, places)
-        places = places[-(-len(words) // WIDTH) :]
+        places = places[count_of(len(words)) :]
     return panels
+
+
+def count_of(outputs: int) -> int:
+    """How many panels so many outputs fill."""
+    return -(-outputs // WIDTH)
 
 
 def _fill(words: Tensor, panels: Tensor) -> None:
@@ -170,7 +180,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 def _filler(words: Tensor) -> Callable[[int, int, int, int, int], None] | None:
     """The compiled `plain_fill` for words of this size."""
-    functions = load("panels").functions if words.device.type == "cpu" else None
+    functions = load("laying").functions if words.device.type == "cpu" else None
     if functions is None or words.itemsize not in (2, 4):
         return None
     fill = functions[f"fill_{8 * words.itemsize}"]
@@ -182,7 +192,7 @@ def _filler(words: Tensor) -> Callable[[int, int, int, int, int], None] | None:
 @cache
 def _gatherers() -> Mapping[int, Callable[[int, int, int, int, int, int], bool]]:
     """The compiled `plain_outputs_of`, by the bytes of a word."""
-    functions = load("panels").functions
+    functions = load("laying").functions
     if functions is None:
         return {}
     calls = {}

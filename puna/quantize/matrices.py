@@ -11,10 +11,12 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from puna.kernels import integers, panels
+from puna.kernels import blocks, integers, panels
 from puna.kernels.matrix import Matrix
 from puna.model.weights import Packed, spread
 
+Room = tuple[Tensor, Tensor]
+"""Panels for data and scales."""
 Value = Tensor | Packed
 """A matrix (O, I) in floating point, or in whole numbers as `puna.quantize` has them."""
 
@@ -23,6 +25,8 @@ def suits(value: Value) -> bool:
     """Whether there is compiled code here for products with it in panels."""
     if isinstance(value, Tensor):
         return panels.suits(value)
+    if value.scheme in blocks.KINDS:
+        return blocks.suits(value)
     return value.scheme in ("int8", "int4") and integers.suits(value)
 
 
@@ -34,6 +38,25 @@ def in_panels(*values: Value, bias: Tensor | None = None) -> Matrix:
         return Matrix(panels.into_panels(*plain), None, bias, outputs)
     data, scales = integers.into_panels(*map(_pair, values))
     return Matrix(data, scales, bias, outputs)
+
+
+def laid(value: Packed, room: Room | None = None) -> Matrix:
+    """A matrix of whole numbers, or of GGUF's blocks of them, in panels of its own or in those given."""
+    if value.scheme in blocks.KINDS:
+        data, scales = blocks.into_panels(value.scheme, value.data, out=room)
+    else:
+        data, scales = integers.into_panels(_pair(value), out=room)
+    return Matrix(data, scales, None, value.shape[0])
+
+
+def room_for(value: Packed, outputs: int) -> Room:
+    """Panels of this kind for so many outputs, to be laid one after another; memory that is not used yet."""
+    inputs = value.shape[1]
+    if value.scheme in blocks.KINDS:
+        kind = blocks.KINDS[value.scheme]
+        return integers.empty(kind, outputs, inputs, inputs // blocks.SIZE, torch.float16)
+    data, scales = _pair(value)
+    return integers.empty(data.dtype, outputs, inputs, scales.shape[1], scales.dtype)
 
 
 def _pair(value: Value) -> tuple[Tensor, Tensor]:
@@ -83,11 +106,20 @@ def _one_of(matrices: list[Matrix]) -> Matrix:
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
-    """Panels one below the other: whole ones need no other order."""
+    """Panels one below the other, as whole ones need no other order; what lies so already is not moved."""
     first = tensors[0]
+    if all(map(_follows, tensors, tensors[1:])):
+        return first.detach().as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
     out = panels.empty((sum(map(len, tensors)), *first.shape[1:]), first.dtype, first.device)
     torch.cat(tensors, out=out)
     return out
+
+
+def _follows(first: Tensor, second: Tensor) -> bool:
+    """Whether one tensor begins in the same memory where another ends."""
+    same = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    whole = first.is_contiguous() and second.is_contiguous()
+    return same and whole and first.data_ptr() + first.nbytes == second.data_ptr()
 
 
 def apart(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from puna.formats.blocks import SCALES
+from puna.formats.gguf.header import PLAIN
 from puna.formats.packed import BLOCKS, WRITABLE, block_sizes, pack, scales_are_finite, unpack
 from puna.model.weights import Packed
 
@@ -26,9 +28,21 @@ def blocks(scheme: str, rows: int, columns: int) -> Packed:
 @pytest.mark.parametrize("shape", [(1, 256), (3, 512), (530, 1024)])
 def test_expanded_as_the_package_does(scheme: str, shape: tuple[int, int]) -> None:
     packed = blocks(scheme, *shape)
-    expected = dequantize(packed.data.numpy(), BLOCKS[scheme])
+    expected = dequantize(packed.data.numpy(), GGMLQuantizationType(BLOCKS[scheme]))
     assert unpack(packed).shape == shape
     assert np.array_equal(unpack(packed).numpy(), expected)
+
+
+def test_numbers_and_sizes_are_the_packages() -> None:
+    names = {name: GGMLQuantizationType[name.upper()] for name in BLOCKS}
+    assert names == BLOCKS
+    assert {name: GGML_QUANT_SIZES[kind] for name, kind in names.items()} == {
+        n: block_sizes(n) for n in BLOCKS
+    }
+    for number, (name, size) in PLAIN.items():
+        kind = GGMLQuantizationType(number)
+        short = name.replace("float", "F").replace("bF", "BF")
+        assert kind.name == short and GGML_QUANT_SIZES[kind] == (1, size)
 
 
 @pytest.mark.parametrize("scheme", WRITABLE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -20,6 +21,7 @@ from puna.formats.packed import canonical
 from puna.formats.packed import plain as plain_numbers
 from puna.kernels import integers
 from puna.kernels.library import load as library
+from puna.kernels.matrix import Matrix
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
 from puna.model.weights import Packed, Weights, load_weights, weights_of
@@ -275,6 +277,70 @@ def test_one_matrix_is_held_beside_the_model(monkeypatch: pytest.MonkeyPatch, tm
     assert resident_of_files() - before < 0.3 * file  # the embedding, and what libraries are loaded
     size = sum(parameter.nbytes for parameter in llm.model.parameters())
     assert size == sum(x.nbytes for _, value in weights_of(llm.model) for x in tensors(value))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["int8", "int4", "q8_0", "q4_0"])
+def test_matrices_that_are_joined_lie_so_since_they_came(kind: str, tmp_path: Path) -> None:
+    config = WIDE.model_copy(update={"attention_bias": True})
+    if kind in ("int8", "int4"):
+        LLM(model_of(config, torch.bfloat16)).save(tmp_path / "model")
+        llm = load(tmp_path / "model", "bfloat16", "cpu", kind)
+    else:
+        gguf_files.write(tmp_path / "m.gguf", model_of(config), None, dtype=kind)
+        llm = load(tmp_path / "m.gguf", "bfloat16", "cpu")
+    stored = {name: value for name, value in weights_of(llm.model) if isinstance(value, Packed)}
+    layer = llm.model.model.layers[1]
+    before = [matrix_of(layer, name).panels.data_ptr() for name in ("self_attn.q_proj", "mlp.gate_proj")]
+    llm.pack()
+    layer = llm.model.model.layers[1]
+    joined = [matrix_of(layer, name) for name in ("self_attn.qkv", "mlp.gate_up")]
+    assert [matrix.panels.data_ptr() for matrix in joined] == before
+    assert all(matrix.panels.is_contiguous() for matrix in joined) and joined[0].bias is not None
+    for name, value in weights_of(llm.model):
+        assert not isinstance(value, Packed) or same_codes(value, stored.pop(name)), name
+    assert not stored
+
+
+def matrix_of(layer: nn.Module, name: str) -> Matrix:
+    linear = layer.get_submodule(name)
+    assert isinstance(linear, PackedLinear)
+    (matrix,) = linear.matrices()
+    return matrix
+
+
+def same_codes(first: Packed, second: Packed) -> bool:
+    assert first.scales is not None and second.scales is not None
+    return torch.equal(first.data, second.data) and torch.equal(first.scales, second.scales)
+
+
+PEAK = """
+import sys, torch
+from pathlib import Path
+from puna.engine.loading import load
+def held(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+load(sys.argv[1], "bfloat16", "cpu").pack()  # whatever libraries are loaded with
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = held("VmRSS")
+llm = load(sys.argv[2], "bfloat16", "cpu")
+llm.pack()
+print(held("VmHWM") - before, sum(parameter.nbytes for parameter in llm.model.parameters()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is told by Linux")
+@pytest.mark.parametrize("kind", ["q8_0", "bfloat16"])
+def test_loading_takes_little_more_than_the_weights(kind: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 1024, "intermediate_size": 2560, "num_hidden_layers": 4, "vocab_size": 1024}
+    gguf_files.write(tmp_path / "s.gguf", model_of(WIDE), None, dtype=kind)
+    gguf_files.write(tmp_path / "m.gguf", model_of(WIDE.model_copy(update=sizes)), None, dtype=kind)
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "s.gguf"), str(tmp_path / "m.gguf")]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    peak, weights = map(int, told)
+    layer = weights / 4  # what is on its way: pages of the file, and what is laid of them
+    assert weights < peak < 1.1 * weights + 0.6 * layer, (peak / 1e6, weights / 1e6)
 
 
 def tensors(value: Tensor | Packed) -> list[Tensor]:

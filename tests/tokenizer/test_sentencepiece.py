@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,23 @@ def test_special_names_in_text_stay_text(small: Tokenizer) -> None:
         2,
         *small.encode("b", bos=False),
     ]
+
+
+def test_pieces_are_the_same_however_they_are_written(small_directory: Path) -> None:
+    data = (small_directory / "tokenizer.model").read_bytes()
+    entries = [part for part in protobuf._fields(data, 0, len(data)) if part.number == 1]  # private: its twin
+    assert [protobuf._any_piece(data, entry) for entry in entries] == protobuf.parse_model(data).pieces
+    long = "b" * 200
+    for text, kind, rest in [("", 6, b""), (long, 4, b""), ("é", 3, b"\x20\x07"), ("a", 200, b"")]:
+        name = text.encode()
+        size = bytes([len(name)]) if len(name) < 128 else bytes([len(name) & 127 | 128, len(name) >> 7])
+        number = bytes([kind]) if kind < 128 else bytes([kind & 127 | 128, kind >> 7])
+        body = b"\x0a" + size + name + b"\x15" + struct.pack("<f", -1.5) + b"\x18" + number + rest
+        found = protobuf._piece(body, protobuf._Field(1, 2, 0, len(body)))
+        assert found == protobuf.Piece(text, -1.5, kind, len(body) - 1 - len(rest))
+        other = b"\x15" + struct.pack("<f", 0.5) + b"\x0a" + size + name
+        found = protobuf._piece(other, protobuf._Field(1, 2, 0, len(other)))
+        assert found == protobuf.Piece(text, 0.5, protobuf.NORMAL, None)
 
 
 def _with_symbol(data: bytes, name: str) -> tuple[bytes, int]:

@@ -25,7 +25,6 @@ from puna.formats.gguf.config import check_architecture, config_metadata
 from puna.formats.gguf.header import Entry, Header, brief, read_header
 from puna.formats.gguf.tensors import GgufTensors
 from puna.formats.gguf.vocabulary import check_tokenizer, tokenizer_metadata
-from puna.formats.gguf.writer import write_file
 from puna.formats.packed import BLOCKS, block_sizes, described, in_blocks
 from puna.formats.source import Source
 from puna.formats.tensor_files import listed, shown
@@ -99,6 +98,8 @@ def write(target: Path, content: Content, settings: GgufSettings, record: Record
         TokenizerError: GGUF has no words for the tokenizer.
         OSError: as it comes; the file is then incomplete.
     """
+    from puna.formats.gguf.writer import write_file  # with a package that takes long, and nothing reads by
+
     config = content.config
     metadata: dict[str, Any] = {
         "general.type": "model",

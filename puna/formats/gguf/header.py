@@ -15,21 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gguf import GGMLQuantizationType
-
 from puna.errors import ModelError
 from puna.formats.packed import BLOCKS, block_sizes
 from puna.formats.tensor_files import shown
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-PLAIN = {  # bytes of one number
-    GGMLQuantizationType.F32: ("float32", 4),
-    GGMLQuantizationType.F16: ("float16", 2),
-    GGMLQuantizationType.BF16: ("bfloat16", 2),
-}
-KINDS = {int(number): name for number, (name, _) in PLAIN.items()} | {
-    int(number): name for name, number in BLOCKS.items()
+PLAIN = {0: ("float32", 4), 1: ("float16", 2), 30: ("bfloat16", 2)}  # bytes of one number
+KINDS = {number: name for number, (name, _) in PLAIN.items()} | {
+    number: name for name, number in BLOCKS.items()
 }
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
@@ -159,6 +153,8 @@ class _Scan:
     def _kind(self, number: int, name: str) -> str:
         if number in KINDS:
             return KINDS[number]
+        from gguf import GGMLQuantizationType  # takes long: for its names alone
+
         known = [kind.name for kind in GGMLQuantizationType if kind == number]
         raise ModelError(
             f"{self._path}: {shown(name)} is stored as {known[0] if known else f'unknown type {number}'}; "

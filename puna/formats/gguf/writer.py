@@ -32,7 +32,7 @@ _TYPES = {
     "float32": gguf.GGMLQuantizationType.F32,
     "float16": gguf.GGMLQuantizationType.F16,
     "bfloat16": gguf.GGMLQuantizationType.BF16,
-    **BLOCKS,
+    **{name: gguf.GGMLQuantizationType(number) for name, number in BLOCKS.items()},
 }
 _FILE_TYPES = {  # what llama.cpp calls a file by the type most of its matrices have
     "float32": gguf.LlamaFileType.ALL_F32,
