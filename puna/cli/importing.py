@@ -13,9 +13,11 @@ def quickly() -> Iterator[None]:
 
     The collector would go through them again and again as they become more, and at the end.
     """
+    collects = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        gc.enable()
+        if collects:
+            gc.enable()

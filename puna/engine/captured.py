@@ -41,6 +41,7 @@ class Captured:
         """For `of` to make."""
         self._model, self._cache, self._call = model, cache, call
         self._watched, self._weight = _Watched(model), model.model.norm.weight
+        self._max_norm = _max_norm(model.model.embed_tokens)
         self._angles = _Angles(model.model.rope)
 
     @classmethod
@@ -54,7 +55,7 @@ class Captured:
 
     def holds(self) -> bool:
         """Whether it still is the model's."""
-        return self._watched.as_found()
+        return self._watched.as_found() and _max_norm(self._model.model.embed_tokens) == self._max_norm
 
     def run(self, ids: list[int], positions: list[int], chosen: Items[int]) -> tuple[Tensor, Tensor]:
         """Normalised hidden states (R, D) of rows, and the logits (C, V) of the chosen ones.
@@ -64,17 +65,20 @@ class Captured:
         Raises:
             ModelError: the model has another number type since.
         """
-        if self._weight.dtype != self._cache.dtype:
-            raise ModelError(
-                f"the model became {self._weight.dtype} while it answered from a {self._cache.dtype} cache; "
-                "ask again"
-            )
+        self._check(self._weight.dtype)
         given = ids if self._call.embeds(ids) else self._embedded(ids)
         return self._call(given, *self._angles(positions, self._cache.rope_lengths), self._cache.step, chosen)
+
+    def _check(self, dtype: torch.dtype) -> None:
+        if dtype != self._cache.dtype:
+            raise ModelError(
+                f"the model became {dtype} while it answered from a {self._cache.dtype} cache; ask again"
+            )
 
     def _embedded(self, ids: list[int]) -> Tensor:
         """What the model's own embedding makes of rows: (R, D)."""
         x: Tensor = self._model.model.embed_tokens(torch.tensor([ids]))
+        self._check(x.dtype)
         return x[0].contiguous()
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -88,7 +92,8 @@ class _Angles:
 
     def __init__(self, rope: Rope) -> None:
         self._rope, self._known = rope, 0
-        self._cos = self._sin = torch.empty(0, rope.head_dim)
+        with torch.inference_mode(False):
+            self._cos = self._sin = torch.empty(0, rope.head_dim)
 
     def __call__(
         self, positions: list[int], lengths: Tensor | None
@@ -104,6 +109,8 @@ class _Angles:
             self._extend()
         return (self._cos, self._sin), positions
 
+    @torch.inference_mode(False)  # tensors made within could not be written to without
+    @torch.no_grad()
     def _extend(self) -> None:
         begin, end = self._known, self._known + ANGLES
         if end > len(self._cos):
@@ -194,6 +201,11 @@ def _embedding(module: nn.Module, dtype: torch.dtype) -> Matrix | Tensor | None:
     return None
 
 
+def _max_norm(embedding: nn.Module) -> float | None:
+    """What a lookup holds rows to: a setting of the module, which can be changed in its place."""
+    return embedding.max_norm if isinstance(embedding, nn.Embedding) else None
+
+
 def _layer(block: nn.Module, pages: Pages) -> Layer:
     attention, mlp = block.get_submodule("self_attn"), block.get_submodule("mlp")
     return Layer(
@@ -221,6 +233,11 @@ def _fits(parts: Parts, config: ModelConfig, dtype: torch.dtype) -> bool:
     """Whether every part has the shape that the configuration says, and lies as it is to be read."""
     (N, K), H, D, F = parts.heads, parts.head_dim, config.hidden_size, config.intermediate_size
     products = [(parts.head, D, config.vocab_size)]
+    embedding = parts.embedding
+    if isinstance(embedding, Matrix):
+        products.append(([embedding], D, config.vocab_size))
+    elif embedding is not None and embedding.shape != (config.vocab_size, D):
+        return False
     norms = [parts.norm]
     for layer in parts.layers:
         products += [

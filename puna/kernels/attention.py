@@ -3,7 +3,8 @@
 A query row is computed alone: its scores, over blocks of 64 absolute positions in order, give a running
 maximum, a sum of weights and a weighted sum of values (online softmax, arXiv 1805.02867). So a row's bits do
 not depend on the rows beside it, on how a prompt was cut, or on where its blocks lie. Nothing that a row may
-not see has any effect, whatever an earlier owner left in a block. `paged_attention.cpp` does the same faster.
+not see has any effect, whatever an earlier owner left in a block, unless it is a value of its own sequence
+that is not finite. `paged_attention.cpp` does the same faster.
 
     M rows of a step   N query heads   K key/value heads   G = N/K   H head width
     P = H rounded up to whole vectors   n = 2 in bfloat16, else 1: numbers that lie in pairs

@@ -4,7 +4,8 @@
 // every element of a product is one lane that sums in order, whatever is computed beside it; blocks are those
 // of absolute positions, and every SPAN of them is summed apart before it is added to what came before, on one
 // thread or on several. Positions that no row of a tile sees are never read as values, and the scores of those
-// that one row does not see are set, not added to: what an earlier owner left in a block has no effect.
+// that one row does not see are set, not added to: what an earlier owner left in a block has no effect. A value
+// of the same sequence that is not finite may reach rows of the tile that do not see it: 0 times it is NaN.
 //
 // In bfloat16 weights are rounded too, so that products are of pairs, and what they are divided by is the sum
 // of the rounded ones: values that are all alike stay what they are.
@@ -50,7 +51,7 @@ void product(const typename D::Term* a, long a_row, const typename D::Place* b, 
 #pragma GCC unroll 16
         for (int q = 0; q < Q; ++q)
 #pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) D::add(sum[q][v], a[q * a_row + i], row[v]);
+            for (int v = 0; v < V; ++v) D::add(sum[q][v], read<typename D::Term>(a + q * a_row + i), row[v]);
     }
 #pragma GCC unroll 16
     for (int q = 0; q < Q; ++q)

@@ -37,13 +37,12 @@ def figures_of(found: Divergence) -> dict[str, Any]:
     }
 
 
-def worst(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def worst(layers: Sequence[Mapping[str, Any]], fitted: bool) -> list[dict[str, Any]]:
     """The layers that change the hidden states most by themselves, the worst first, and what would help.
 
-    Empty where nothing was measured.
+    Where matrices were `fitted` to text only gptq's are blamed: the others are off on purpose, to make good
+    what was lost before them. Empty where nothing was measured, or nobody is to blame.
     """
-    # Beside gptq all others are off on purpose: they make good what gptq's lose.
-    fitted = any(about["scheme"] == "gptq" for layer in layers for about in layer["matrices"].values())
     blamed = [
         {name: about for name, about in layer["matrices"].items() if not fitted or about["scheme"] == "gptq"}
         for layer in layers

@@ -135,7 +135,7 @@ class Job:
             },
             **work.records[-1].get("logits", {}),
             "layers": layers,
-            "worst": worst(layers),
+            "worst": worst(layers, fitted=text is not None and len(text.fitted) > 0),
         }
 
 

@@ -131,6 +131,38 @@ def test_tokens_are_looked_up_in_embeddings_of_every_kind(kind: str, dtype: torc
     assert_same_bits(model)
 
 
+@pytest.mark.parametrize("shape", [(50, 64), (96, 64), (97, 4096), (97, 32)], ids=str)
+def test_an_embedding_of_another_shape_is_left_to_the_modules(shape: tuple[int, int]) -> None:
+    model = packed(MIXED)
+    model.model.embed_tokens = nn.Embedding(*shape, dtype=torch.bfloat16)
+    assert Captured.of(model, cache_of(model)) is None
+    model.model.embed_tokens = PackedEmbedding(whole_numbers(*shape, False, 16), torch.bfloat16)
+    assert Captured.of(model, cache_of(model)) is None
+
+
+def test_an_embedding_that_is_to_hold_a_norm_is_noticed() -> None:
+    model = packed(MIXED)
+    cache = cache_of(model)
+    ours = captured(model, cache)
+    model.model.embed_tokens.max_norm = 0.1
+    assert not ours.holds()
+    again = captured(model, cache)
+    assert again.holds() and not again._call.embeds([1])
+    cache.begin([[0]], [0], [2], 2)
+    assert torch.equal(in_one(again, [1, 2], [0, 1], [1]), one_by_one(model, cache, [1, 2], [0, 1], [1]))
+
+
+def test_angles_first_asked_for_in_inference_mode_grow_outside_it() -> None:
+    model = packed(MIXED)
+    cache = cache_of(model)
+    ours = captured(model, cache)
+    for position, mode in ((3, True), (2000, False), (5000, True)):
+        with torch.inference_mode(mode):
+            (cos, _), where = ours._angles([position], None)
+        expected, _ = model.model.rope(torch.tensor([[position]]), torch.float32)
+        assert torch.equal(cos[where[0]], expected[0, 0])
+
+
 def test_a_token_that_is_none_is_refused_by_the_models_own_embedding() -> None:
     model = packed(MIXED)
     cache = cache_of(model)

@@ -267,8 +267,10 @@ def test_what_makes_good_the_loss_of_gptq_is_not_blamed(scheme: str, advice: str
         {"layer": 0, "own": 0.1, "matrices": {"v_proj": v, "down_proj": down}},
         {"layer": 1, "own": 0.0, "matrices": {"v_proj": v}},
     ]
-    [found] = worst(layers)
+    [found] = worst(layers, fitted=scheme == "gptq")
     assert found["advice"] == f"--except '{advice}'"
+    int8 = [{"layer": 0, "own": 0.1, "matrices": {"down_proj": down}}]
+    assert worst(int8, fitted=False) and not worst(int8, fitted=True)  # gptq on the output alone fits all
 
 
 class Killed(BaseException):
