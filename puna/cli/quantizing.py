@@ -23,7 +23,12 @@ def quantize(
     destination: Annotated[Path, typer.Argument(help="A directory, which transformers opens too.")],
     scheme: Annotated[str | None, typer.Option(help="int8, int4, gptq or nf4.", show_default="int8")] = None,
     group: Annotated[
-        int | None, typer.Option(help="Weights that share a scale: 32 or 128.", show_default=False)
+        int | None,
+        typer.Option(
+            help="Weights that share a scale, 32 or 128; by default 32 for int4 and gptq, and for int8 "
+            "all of an output's. Not for nf4.",
+            show_default=False,
+        ),
     ] = None,
     exceptions: Annotated[
         list[str] | None,
@@ -36,7 +41,7 @@ def quantize(
         list[Path] | None,
         typer.Option(
             help="Text (plain, .jsonl, .parquet) or ids (.npy, a token shard) to measure on, and with gptq "
-            "to fit to; without it the source of Python's library.",
+            "to fit to. Without it the source of Python's library is measured on; gptq needs it.",
             show_default=False,
         ),
     ] = None,

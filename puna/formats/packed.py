@@ -105,6 +105,8 @@ def described(packed: Packed) -> str:
     if packed.scales is None:
         return packed.scheme
     kind = str(packed.scales.dtype).removeprefix("torch.")
+    if packed.scheme == "nf4":
+        return f"nf4 in blocks of 64 with {kind} scales"
     return in_words(packed.scheme, packed.shape[1], packed.scales.shape[1], kind)
 
 

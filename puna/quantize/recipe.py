@@ -241,6 +241,8 @@ def _check_ends(recipe: Recipe, config: ModelConfig) -> None:
 def _near(pattern: str, names: list[str]) -> str:
     """The name nearest to a pattern; the last part of one where the pattern has stars before it."""
     modules = [name.removesuffix(".weight") for name in names]
+    if any(module.endswith(f".{pattern}") for module in modules):
+        return f" Did you mean '*.{pattern}'?"
     star = pattern.rpartition("*.")[0]
     leaves = {module.rpartition(".")[2]: module for module in modules}
     return nearest(pattern, [f"{star}*.{name}" for name in leaves] if "*." in pattern else modules)

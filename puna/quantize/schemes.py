@@ -121,8 +121,9 @@ def mended(name: str, inputs: int, format: Format) -> str:
     pattern = f"*.{name.removesuffix('.weight').rpartition('.')[2]}"
     smaller = "set group=32, or " if format.group == 128 and inputs % 32 == 0 else ""
     if format.scheme == "nf4":
-        return f"--except '{pattern}=keep' leaves such matrices as they are"
-    return f"{smaller}--except '{pattern}=int8' (one scale per channel fits any shape), or =keep"
+        return f"puna quantize with --except '{pattern}=keep' leaves such matrices as they are"
+    fits = f"--except '{pattern}=int8' (one scale per channel fits any shape), or =keep"
+    return f"{smaller}puna quantize with {fits}"
 
 
 def finite(matrix: Tensor, name: str) -> Tensor:

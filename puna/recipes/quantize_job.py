@@ -156,6 +156,8 @@ def prepared(
     _refuse_quantized(source)
     settings = settings.model_copy(update={"recipe": settled(settings.recipe, source.dtype)})
     chosen = choices(settings.recipe, source.config)
+    if not chosen:
+        raise SettingsError("nothing is left to quantize: the exceptions keep every matrix as it is")
     calibrated = [name for name, choice in chosen.items() if choice.scheme == "gptq"]
     if EMBEDDING in calibrated:
         raise SettingsError("gptq cannot fit an output projection that is the embedding too: set output=int8")

@@ -365,7 +365,7 @@ def formats_hash(path: Path) -> str:
             "int8 per channel with float32 scales.*--dtype q8_0",
         ),
         (quantized(torch.randn(128, 64), Format("int4", 16, torch.float16)), "int4 in groups of 16"),
-        (quantized(torch.randn(128, 64), FORMATS["nf4"]), "nf4 per channel.*--dtype q4_0"),
+        (quantized(torch.randn(128, 64), FORMATS["nf4"]), "nf4 in blocks of 64.*--dtype q4_0"),
     ],
 )
 def test_what_gguf_cannot_hold_exactly_is_refused(packed: Packed, words: str, tmp_path: Path) -> None:

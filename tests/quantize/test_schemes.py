@@ -225,9 +225,10 @@ def test_a_shape_that_does_not_fit_is_refused_with_the_option_that_mends_it() ->
         allowed(name, (64, 172), Q4_0)
     assert str(error.value) == (
         "model.layers.0.mlp.down_proj.weight (64, 172) has 172 inputs, and int4 in groups of 32 needs a "
-        "multiple of 32; --except '*.down_proj=int8' (one scale per channel fits any shape), or =keep"
+        "multiple of 32; puna quantize with --except '*.down_proj=int8' "
+        "(one scale per channel fits any shape), or =keep"
     )
-    with pytest.raises(ModelError, match=r"multiple of 128; set group=32, or --except"):
+    with pytest.raises(ModelError, match=r"multiple of 128; set group=32, or puna quantize with --except"):
         allowed(name, (64, 160), Format("int4", 128, HALF))
     with pytest.raises(ModelError, match=r"has shape \(64,\), expected a matrix"):
         allowed(name, (64,), Format("int8", None, FULL))

@@ -382,6 +382,8 @@ BAD: list[tuple[dict[str, Any], type[InputError], str]] = [
         SettingsError,
         "'\\*.dwn_proj' matches no matrix",
     ),
+    ({"scheme": "int4", "exceptions": {"down_proj": "int8"}}, SettingsError, "mean '\\*.down_proj'"),
+    ({"scheme": "int8", "exceptions": {"*": "keep"}}, SettingsError, "nothing is left to quantize"),
     ({"scheme": "int4", "exceptions": {"*.down_proj": "int5"}}, SettingsError, "int5"),
     ({"scheme": "nf4", "exceptions": {"*.down_proj": "int8"}}, InputError, "nf4 .*beside int8"),
     ({"scheme": "nf4", "embeddings": "nf4"}, InputError, "embeddings cannot be nf4"),
