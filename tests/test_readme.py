@@ -15,15 +15,21 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def sources() -> list[Path]:
+    return [path for path in (ROOT / "puna").rglob("*.*") if path.suffix in (".py", ".cpp", ".hpp")]
+
+
 def test_every_file_is_on_the_map() -> None:
-    files = [path for path in (ROOT / "puna").rglob("*.py") if not path.name.startswith("__")]
+    files = [path for path in sources() if not path.name.startswith("__")]
     assert [str(path.relative_to(ROOT)) for path in files if f"`{path.name}`" not in README] == []
 
 
 def test_the_map_names_no_file_that_is_gone() -> None:
-    names = {path.name for path in (ROOT / "puna").rglob("*.py")}
+    names = {path.name for path in sources()}
     assert [
-        name for name in re.findall(r"^\| `(\w+\.py)` \|", README, re.MULTILINE) if name not in names
+        name
+        for name in re.findall(r"^\| `(\w+\.(?:py|cpp|hpp))` \|", README, re.MULTILINE)
+        if name not in names
     ] == []
 
 

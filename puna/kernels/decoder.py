@@ -1,4 +1,4 @@
-"""The C++ pass through a packed model's layers: what it is told, and its call from Python.
+"""The C++ pass through a packed model: what it is told, and its call from Python.
 
 R rows of a step   C rows whose logits are wanted   P positions   D width
 F feed-forward width   N query heads   K key/value heads   H head width   V vocabulary
@@ -90,7 +90,7 @@ class _Layer(ctypes.Structure):
 
 
 class _Embedding(ctypes.Structure):
-    _fields_ = [("matrix", _POINTER), ("count", _COUNT), ("kind", _THREADS), ("width", _THREADS)]
+    _fields_ = [("matrix", _POINTER), ("kind", _THREADS), ("width", _THREADS)]
 
 
 class _Model(ctypes.Structure):
@@ -124,11 +124,12 @@ class Decoder:
         """For `decoder` to make."""
         self._parts, self._dtype, self._call, self._model = parts, dtype, call, model
         self._outputs = sum(each.outputs for each in parts.head)
+        self._tokens = 0 if parts.embedding is None else self._outputs
         self._room: tuple[Tensor, Tensor, Tensor] | None = None
 
     def embeds(self, ids: Sequence[int]) -> bool:
         """Whether these rows' tokens can be embedded here."""
-        return min(ids) >= 0 and max(ids) < self._model.embedding.count
+        return min(ids) >= 0 and max(ids) < self._tokens
 
     def __call__(
         self,
@@ -194,7 +195,7 @@ def decoder(parts: Parts, dtype: torch.dtype) -> Decoder | None:
     D, F = parts.layers[0].o_proj[0].outputs, parts.layers[0].down_proj[0].inputs
     model = _Model(
         _Kernels(*map(_address, calls)),
-        maker.embedding(parts.embedding, sum(each.outputs for each in parts.head)),
+        maker.embedding(parts.embedding),
         ctypes.addressof(layers),
         maker.norm(parts.norm),
         head,
@@ -225,16 +226,16 @@ class _Maker:
             self.linear(layer.down_proj),
         )
 
-    def embedding(self, held: Matrix | Tensor | None, V: int) -> _Embedding:
+    def embedding(self, held: Matrix | Tensor | None) -> _Embedding:
         if held is None:
-            return _Embedding(None, 0, 0, 0)
+            return _Embedding(None, 0, 0)
         if isinstance(held, Tensor):
-            self.held.append(held.detach())
-            told, kind = products.described(held, None, None, held.shape[1], V, held.shape[1]), 0
+            V, D = held.shape
+            told, kind = products.described(held, None, None, D, V, D), 0
+            self.held += [told, held.detach()]
         else:
             told, kind = self._described(held), _LOOKUPS[held.kind]
-        self.held.append(told)
-        return _Embedding(ctypes.addressof(told), V, kind, WIDTH)
+        return _Embedding(ctypes.addressof(told), kind, WIDTH)
 
     def norm(self, norm: Norm) -> _Norm:
         self.held.append(norm.weight.detach())

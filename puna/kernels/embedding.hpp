@@ -10,7 +10,6 @@
 
 extern "C" struct Embedding {
     const Matrix* matrix;  // panels, and the scales of whole numbers; of ROWS the panels are the matrix itself
-    int64_t count;         // tokens
     int32_t kind, width;   // a Kind; outputs of a panel
 };
 

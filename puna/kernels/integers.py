@@ -61,7 +61,7 @@ def suits(packed: Stored) -> bool:
     data, scales = packed.data, packed.scales
     if KINDS.get(data.dtype) != packed.scheme or scales is None or scales.dtype not in SCALE_KINDS:
         return False
-    step, inputs, groups = 4 * _per_byte(data), packed.shape[-1], scales.shape[-1]
+    step, inputs, groups = STEPS[data.dtype], packed.shape[-1], scales.shape[-1]
     if data.device.type != "cpu" or not groups or inputs % groups:
         return False
     group = inputs // groups

@@ -20,7 +20,7 @@ KINDS = {
     torch.int8: "int8",
     torch.uint8: "int4",
 }
-STEP = {"int8": 4, "int4": 8}
+STEP = {KINDS[data]: inputs for data, inputs in integers.STEPS.items()}
 """Inputs of a step of panels of whole numbers; those of floating point say it in their shape."""
 
 
