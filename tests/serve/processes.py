@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ class Process:
         line = ""
         with self._said.open(encoding="utf-8") as stream:
             while True:
-                over = not self.process.is_alive()
+                over = bool(wait([self.process.sentinel], 0))  # asking it itself would take its exit code
                 for piece in stream:
                     line += piece
                     if line.endswith("\n"):  # otherwise its end is still to come
