@@ -15,7 +15,9 @@ from puna.cli.printing import emit
 
 def bench(
     context: typer.Context,
-    what: Annotated[str | None, typer.Argument(help="decode, prefill or serve.", show_default=False)] = None,
+    what: Annotated[
+        str | None, typer.Argument(help="train, decode, prefill or serve.", show_default=False)
+    ] = None,
     arguments: Annotated[
         list[str] | None,
         typer.Argument(

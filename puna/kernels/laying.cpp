@@ -10,16 +10,12 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-#include <immintrin.h>
-#endif
-
+#include "squares.hpp"
 #include "threads.hpp"
 
 namespace {
 
 constexpr long WIDTH = 32;   // rows of a panel
-constexpr long SIDE = 16;    // rows and words turned at once, where a register holds so many
 constexpr long SOME = 64;    // words of each row in turn, where they are turned one by one
 constexpr long AHEAD = 512;  // bytes of a row from what is read to what is fetched
 
@@ -85,35 +81,12 @@ struct Q4_0 {
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 // to[s][r] = word s of row r; rows lie `stride` bytes apart, and WIDTH words of the panel.
 template <class Rows> inline void turn(const char* from, long stride, uint32_t* to) {
-    __m512i a[SIDE], b[SIDE];
+    __m512i square[SIDE];
 #pragma GCC unroll 16
-    for (int r = 0; r < SIDE; ++r) a[r] = Rows::side(from + r * stride);
-#pragma GCC unroll 8
-    for (int i = 0; i < SIDE; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < SIDE; i += 4) {
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    const auto put = [=](int s, __m512i x) {
+    for (int r = 0; r < SIDE; ++r) square[r] = Rows::side(from + r * stride);
+    turn_square(square, [=](int s, __m512i x) {
         _mm512_stream_si512(reinterpret_cast<__m512i*>(to + s * WIDTH), x);
-    };
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {  // words i, 4 + i, 8 + i and 12 + i of all rows
-        const __m512i even = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
-        const __m512i odd = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-        const __m512i last_even = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-        const __m512i last_odd = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-        put(i, _mm512_shuffle_i32x4(even, last_even, 0x88));
-        put(4 + i, _mm512_shuffle_i32x4(odd, last_odd, 0x88));
-        put(8 + i, _mm512_shuffle_i32x4(even, last_even, 0xdd));
-        put(12 + i, _mm512_shuffle_i32x4(odd, last_odd, 0xdd));
-    }
+    });
 }
 
 // As many words of all rows of a panel as there are whole squares of; the number of them.

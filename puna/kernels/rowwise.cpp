@@ -9,30 +9,11 @@
 #include <cmath>
 #include <cstdint>
 
-#include "threads.hpp"
-#include "vectors.hpp"
+#include "rows.hpp"
 
 namespace {
 
 constexpr int L = LANES<float>;
-constexpr double LITTLE = 60000;  // numbers: waking other threads for them takes longer
-
-// `count` numbers, or as many as a vector holds; beyond them zeros.
-template <class M> inline Vec<float> some(const M* from, long count) {
-    if (count >= L) return load<float>(from);
-    Vec<float> found = {};
-    for (long at = 0; at < count; ++at) found[int(at)] = widen(from[at]);
-    return found;
-}
-
-template <class M> inline void put(M* to, long count, Vec<float> x) {
-    if (count >= L) return store_narrow(to, x);
-    for (long at = 0; at < count; ++at) to[at] = narrow<M>(x[int(at)]);
-}
-
-template <class Work> void for_rows(long rows, long width, int threads, const Work& work) {
-    for_each(int(rows), double(rows) * width < LITTLE * least() ? 1 : threads, work);
-}
 
 // x / √(mean(x²) + ε) · weight
 template <class M>

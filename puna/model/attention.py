@@ -1,12 +1,11 @@
 """Attention: the plain formula, the fused call, and what a key/value cache owes the model.
 
-A kernel is a function `(q, k, v, *, mask, causal, dropout, window) -> out`:
+A kernel is a function `(q, k, v, *, starts, causal, dropout) -> out`:
 
     q (B, T, N, H), k and v (B, S, K, H), out (B, T, N, H). N is a multiple of K; query head n reads key/value
-    head n // (N/K). `mask`, broadcastable to (B, N, T, S), is boolean, True where a query may look, or is
-    added to the scores, in the type of q; every query must see some key. `causal` lets query t see keys
-    0..t; it needs T = S and takes no mask. `window` narrows `causal` to the last keys, t - window + 1..t; a
-    mask says all by itself.
+    head n // (N/K). `causal` lets query t see keys 0..t; it needs T = S. `starts` (B or 1, T), int32, narrows
+    that to the keys starts[t]..t, and rises within a row: there a document or a window begins. Without
+    `causal` every query sees all keys, and there are no starts.
 
     B batch   T positions in the input   S positions attended to
     N query heads   K key/value heads   H head width
@@ -20,23 +19,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-BLOCK = 512  # queries that share one mask of a sliding window
+from puna.kernels.causal_op import attention
+from puna.kernels.causal_plain import spans
 
 
 class Kernel(Protocol):
     """One way to compute attention; see the head of this file."""
 
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        mask: Tensor | None,
-        causal: bool,
-        dropout: float,
-        window: int | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, *, starts: Tensor | None, causal: bool, dropout: float
     ) -> Tensor:
         """(B, T, N, H)."""
 
@@ -61,106 +54,96 @@ class Cache(Protocol):
         """
 
 
+def first_keys(
+    length: int, window: int | None, documents: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """The first key that each query sees; None where that is the row's first for all.
+
+    Args:
+        length: T.
+        window: how many keys a query sees at most, its own among them; None: all of its document before it.
+        documents: (B, T), integers; a run of equal numbers is one document. None: a row is one.
+        device: where the result is wanted.
+
+    Returns:
+        (B or 1, T), int32.
+    """
+    if documents is None and (window is None or window >= length):
+        return None
+    own = torch.arange(length, dtype=torch.int32, device=device)[None]  # (1, T)
+    first = torch.zeros_like(own)
+    if documents is not None:
+        changes = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))  # (B, T)
+        first = torch.where(changes, own, 0).cummax(dim=1).values  # (B, T)
+    return first if window is None else torch.maximum(first, own - (window - 1))
+
+
 def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Tensor | None,
-    causal: bool,
-    dropout: float,
-    window: int | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, starts: Tensor | None, causal: bool, dropout: float
 ) -> Tensor:
     """The formula, softmax(q·kᵀ/√H)·v, step by step; holds all T×S scores."""
-    T, S, H = q.shape[1], k.shape[1], q.shape[-1]
+    T, S = q.shape[1], k.shape[1]
+    visible = _visible(slice(0, T), S, starts, q.device) if causal else None
+    return _formula(q, k, v, visible, dropout)
+
+
+def _formula(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, dropout: float) -> Tensor:
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))  # (B, S, N, H)
-    scores = torch.einsum("btnh,bsnh->bnts", q, k) / math.sqrt(H)  # (B, N, T, S)
-    if causal:
-        mask = _within(torch.ones(T, S, dtype=torch.bool, device=q.device).tril(), window)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    scores = torch.einsum("btnh,bsnh->bnts", q, k) / math.sqrt(q.shape[-1])  # (B, N, T, S)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -math.inf)
     wide = torch.promote_types(scores.dtype, torch.float32)  # many positions are summed: not in half
     weights = F.dropout(scores.softmax(dim=-1, dtype=wide).to(v.dtype), dropout)  # (B, N, T, S)
     return torch.einsum("bnts,bsnh->btnh", weights, v)  # (B, T, N, H)
 
 
-def fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Tensor | None,
-    causal: bool,
-    dropout: float,
-    window: int | None = None,
-) -> Tensor:
-    """torch's fused attention; without mask and dropout nothing of size T×S is held."""
-    if causal and window is not None and window < q.shape[1]:
-        return _fused_in_blocks(q, k, v, dropout, window)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, N, T, H), (B, K, S, H)
-    grouped = q.shape[1] != k.shape[1]
-    if grouped and mask is not None and q.is_cuda:
-        # CUDA's kernels take a mask or grouped heads, not both: torch would fall back to the plain formula.
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, N, S, H)
-        grouped = False
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=grouped
-    )
-    return out.transpose(1, 2)  # (B, T, N, H)
+def _visible(block: slice, end: int, starts: Tensor | None, device: torch.device) -> Tensor:
+    """Which of the first keys a block of queries sees: (B or 1, 1, T, S)."""
+    own, keys = torch.arange(block.start, block.stop, device=device), torch.arange(end, device=device)
+    visible = (keys <= own[:, None])[None]  # (1, T, S)
+    if starts is not None:
+        visible = visible & (keys >= starts[:, block, None])  # (B or 1, T, S)
+    return visible[:, None]
 
 
-def _fused_in_blocks(q: Tensor, k: Tensor, v: Tensor, dropout: float, window: int) -> Tensor:
-    """Causal attention within a window shorter than T, at the price of T·(window + BLOCK) scores, not T².
+def fused(q: Tensor, k: Tensor, v: Tensor, *, starts: Tensor | None, causal: bool, dropout: float) -> Tensor:
+    """Attention in blocks: nothing of size T×S is held, and what no query sees is not computed."""
+    if not causal:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, N, T, H), (B, K, S, H)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1])
+        return out.transpose(1, 2)  # (B, T, N, H)
+    if dropout:
+        return _dropping(q, k, v, starts, dropout)
+    q, k, v = map(_as_autocast_says, (q, k, v))
+    return attention(q, k, v, starts)
 
-    The first queries see all before them. Every later block of queries is given the keys that one of them
-    sees; the mask, the same for all blocks, says which of them sees which.
-    """
-    T = q.shape[1]
-    start = slice(0, window)
-    outputs = [fused(q[:, start], k[:, start], v[:, start], mask=None, causal=True, dropout=dropout)]
-    height = min(BLOCK, T - window)
-    mask = _additive(_band(height, window, q.device), q.dtype)
-    for first in range(window, T, BLOCK):
-        rows, seen = slice(first, first + BLOCK), slice(first - window + 1, first + BLOCK)
-        size = min(BLOCK, T - first)
-        part = mask[:size, : size + window - 1]
-        outputs.append(fused(q[:, rows], k[:, seen], v[:, seen], mask=part, causal=False, dropout=dropout))
+
+def _as_autocast_says(x: Tensor) -> Tensor:
+    """In the type of products, where autocast is on: torch's operators are cast by it, ours are not."""
+    kind = x.device.type
+    if (
+        not torch.amp.is_autocast_available(kind)
+        or not torch.is_autocast_enabled(kind)
+        or x.dtype == torch.float64
+    ):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
+def _dropping(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, dropout: float) -> Tensor:
+    """The formula for one block of queries after the other, computed again for the gradients."""
+    outputs = []
+    for block in spans(q.shape[1], q.shape[0] * q.shape[2]):
+        seen = slice(0, block.stop)
+        given = q[:, block], k[:, seen], v[:, seen], starts, block, dropout
+        outputs.append(checkpoint(_dropping_block, *given, use_reentrant=False))
     return torch.cat(outputs, dim=1)  # (B, T, N, H)
 
 
-def _band(height: int, window: int, device: torch.device) -> Tensor:
-    """Row t sees columns t..t + window - 1: (height, height + window - 1)."""
-    ones = torch.ones(height, height + window - 1, dtype=torch.bool, device=device)
-    return ones.tril(window - 1).triu()
-
-
-def _within(visible: Tensor, window: int | None) -> Tensor:
-    """A causal mask (…, T, T) narrowed to the keys less than `window` before each query."""
-    return visible if window is None else visible.triu(1 - window)
-
-
-def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask as one that is added: 0 where a query may look, minus infinity elsewhere."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, -math.inf)
+def _dropping_block(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, block: slice, dropout: float
+) -> Tensor:
+    return _formula(q, k, v, _visible(block, k.shape[1], starts, q.device), dropout)
 
 
 KERNELS: dict[str, Kernel] = {"reference": reference, "fused": fused}
-
-
-def document_mask(documents: Tensor, dtype: torch.dtype, window: int | None = None) -> Tensor:
-    """The causal mask of packed rows: attention stays within a document, and never looks ahead.
-
-    Its price is T×T numbers per row. It is additive, in the type of the queries, because the fused kernel
-    turns a boolean mask into an additive one at every call and keeps each for the backward pass: with this
-    one, all layers share the same memory (and on a CPU it is as fast, or up to 4% faster).
-
-    Args:
-        documents: (B, T) integers, one per document of a row.
-        dtype: the type of the queries.
-        window: how many keys a query sees at most, its own among them; None: all of its document before it.
-
-    Returns:
-        (B, 1, T, T): 0 where query t may look at key s, minus infinity elsewhere.
-    """
-    visible = (documents[:, None, :, None] == documents[:, None, None, :]).tril()  # (B, 1, T, T)
-    return _additive(_within(visible, window), dtype)

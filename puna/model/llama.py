@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from puna.errors import ModelError, nearest
-from puna.model.attention import KERNELS, Cache, Kernel, document_mask
+from puna.model.attention import KERNELS, Cache, Kernel, first_keys
 from puna.model.config import ModelConfig
 from puna.model.rope import Rope, apply_rope, document_lengths
 
@@ -63,16 +63,15 @@ class Attention(nn.Module):
         D, H, bias = config.hidden_size, config.head_dim, config.attention_bias
         N, K = config.num_attention_heads, config.num_key_value_heads
         self.kernel, self.head_dim, self.dropout = kernel, H, config.attention_dropout
-        self.window = config.sliding_window
         self.q_proj = nn.Linear(D, N * H, bias=bias)
         self.k_proj = nn.Linear(D, K * H, bias=bias)
         self.v_proj = nn.Linear(D, K * H, bias=bias)
         self.o_proj = nn.Linear(N * H, D, bias=bias)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, attend: Attend | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None, attend: Attend | None
     ) -> Tensor:
-        """(B, T, D) → (B, T, D). With `attend` a cache attends; else the kernel, causally or by the mask."""
+        """(B, T, D) → (B, T, D). With `attend` a cache attends; else the kernel, from `starts` on."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q = self.q_proj(x).view(heads)  # (B, T, N, H)
         k = self.k_proj(x).view(heads)  # (B, T, K, H)
@@ -82,7 +81,7 @@ class Attention(nn.Module):
             out = attend(q, k, v)
         else:
             dropout = self.dropout if self.training else 0.0
-            out = self.kernel(q, k, v, mask=mask, causal=mask is None, dropout=dropout, window=self.window)
+            out = self.kernel(q, k, v, starts=starts, causal=True, dropout=dropout)
         return self.o_proj(out.flatten(2))  # (B, T, D)
 
 
@@ -101,10 +100,10 @@ class Block(nn.Module):
         self.dropout = config.residual_dropout
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, attend: Attend | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None = None, attend: Attend | None = None
     ) -> Tensor:
         """(B, T, D) → (B, T, D)."""
-        x = x + self._dropped(self.self_attn(self.input_layernorm(x), cos, sin, mask, attend))
+        x = x + self._dropped(self.self_attn(self.input_layernorm(x), cos, sin, starts, attend))
         return x + self._dropped(self.mlp(self.post_attention_layernorm(x)))
 
     def _dropped(self, x: Tensor) -> Tensor:
@@ -142,15 +141,15 @@ class Decoder(nn.Module):
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
         x = self.embed_tokens(ids)  # (B, T, D)
-        mask = (
-            None if documents is None else document_mask(documents, _product_dtype(x), self.window)
-        )  # (B, 1, T, T)
+        starts = None  # a cache knows its window
+        if cache is None:
+            starts = first_keys(ids.shape[1], self.window, documents, ids.device)  # (B or 1, T)
         # Angles stay in float32 in a half-precision model: from 512 on bfloat16 has only every fourth number.
         wide = torch.promote_types(x.dtype, torch.float32)
         cos, sin = self.rope(positions, wide, self._lengths(positions, documents, cache))  # (B, T, H)
         for index, layer in enumerate(self.layers):
             attend = None if cache is None else partial(cache.attend, index, positions=positions)
-            x = layer(x, cos, sin, mask, attend)
+            x = layer(x, cos, sin, starts, attend)
         return self.norm(x)
 
     def _lengths(self, positions: Tensor, documents: Tensor | None, cache: Cache | None) -> Tensor | None:
@@ -165,12 +164,6 @@ class Decoder(nn.Module):
                 "dynamic NTK with a cache needs cache.rope_lengths (B, 1) or (B, T), fixed for each sequence"
             )
         return cache.rope_lengths
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """The type in which matrix products of x are formed: autocast's, where it is on."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class Llama(nn.Module):
@@ -206,7 +199,7 @@ class Llama(nn.Module):
         Args:
             ids: (B, T), int64.
             positions: (B, T), int64, rising by one within a sequence; None counts 0..T-1 in every row.
-            documents: (B, T), integers; attention stays among equal ids of a row. None: one sequence.
+            documents: (B, T), integers; attention stays within each run of equal ids. None: one sequence.
             cache: holds earlier keys and values; needs positions.
 
         Raises:

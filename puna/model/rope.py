@@ -230,9 +230,15 @@ class Rope(nn.Module):
 
 
 def document_lengths(positions: Tensor, documents: Tensor) -> Tensor:
-    """How long the document of each token in a packed row is, its last position plus one: (B, T)."""
-    same = documents[:, :, None] == documents[:, None, :]  # (B, T, T)
-    return torch.where(same, positions[:, None, :], 0).amax(dim=-1) + 1  # (B, T)
+    """How long the document of each token in a packed row is, its last position plus one: (B, T).
+
+    A run of equal numbers in `documents` is one document.
+    """
+    T = documents.shape[1]
+    ends = torch.arange(T, device=documents.device).expand_as(documents).clone()
+    ends[:, :-1].masked_fill_(documents[:, 1:] == documents[:, :-1], T)
+    ends = ends.flip(1).cummin(dim=1).values.flip(1)  # (B, T): where each token's document ends
+    return positions.expand_as(documents).gather(1, ends) + 1
 
 
 def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

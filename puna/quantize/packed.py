@@ -166,12 +166,11 @@ class PackedAttention(nn.Module):
         super().__init__()
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
         self.kernel, self.head_dim, self.dropout = attention.kernel, attention.head_dim, attention.dropout
-        self.window = attention.window
         self.heads = q.out_features // self.head_dim, k.out_features // self.head_dim  # N, K
         self.qkv, self.o_proj = joined(q, k, v), joined(attention.o_proj)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, attend: Attend | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None, attend: Attend | None
     ) -> Tensor:
         """(B, T, D) → (B, T, D), as `puna.model.llama.Attention` does."""
         q, k, v = rowwise.turned(self.qkv(x), cos, sin, self.heads)
@@ -179,7 +178,7 @@ class PackedAttention(nn.Module):
             out = attend(q, k, v)
         else:
             dropout = self.dropout if self.training else 0.0
-            out = self.kernel(q, k, v, mask=mask, causal=mask is None, dropout=dropout, window=self.window)
+            out = self.kernel(q, k, v, starts=starts, causal=True, dropout=dropout)
         found: Tensor = self.o_proj(out.flatten(2))
         return found
 

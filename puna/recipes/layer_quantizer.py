@@ -36,7 +36,8 @@ from puna.recipes.hidden_states import HiddenStates, relative_distance
 Told = Callable[[float, str], None]
 """Takes a share of the layer's work, and what is worked on now."""
 
-Angles = tuple[Tensor, Tensor]
+Angles = tuple[Tensor, Tensor, Tensor | None]
+"""Cosines and sines (1, T, H), and the first key that each query sees, (1, T)."""
 
 STAGES = (
     ("self_attn", ("q_proj", "k_proj", "v_proj")),
@@ -90,7 +91,7 @@ class Layer:
         block = self.block
         if parent == "mlp":
             return x + block.mlp(block.post_attention_layernorm(x))
-        return x + block.self_attn(block.input_layernorm(x), *self.angles(x.shape[1]), None, None)
+        return x + block.self_attn(block.input_layernorm(x), *self.angles(x.shape[1]), None)
 
     def linear(self, parent: str, name: str) -> nn.Linear:
         """One of its matrices' layers."""

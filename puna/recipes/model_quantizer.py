@@ -17,7 +17,8 @@ from puna.errors import ModelError
 from puna.formats import provenance
 from puna.formats.proof.divergence import NO_TARGET, diverge
 from puna.formats.proof.layerwise import embedded
-from puna.model.attention import KERNELS
+from puna.model.attention import KERNELS, first_keys
+from puna.model.config import ModelConfig
 from puna.model.llama import Block, RMSNorm
 from puna.model.rope import Rope
 from puna.model.weights import Packed
@@ -51,8 +52,7 @@ class ModelQuantizer:
         self._stream = iter(job.source.weights)
         self._head: Tensor | Packed | None = None
         self._source_head: Tensor | None = None
-        rope = Rope(config.rope_theta, config.head_dim, config.max_position_embeddings, config.rope_scaling)
-        self._angles: Callable[[int], Angles] = cache(lambda T: rope(torch.arange(T)[None], torch.float32))
+        self._angles = _angles_of(config)
         with torch.random.fork_rng(devices=[]):
             self._block = Block(config, KERNELS["fused"]).float().eval()
 
@@ -193,6 +193,17 @@ class ModelQuantizer:
     def _rounded(self, name: str, tensor: Tensor) -> Tensor | Packed:
         choice = self._job.chosen.get(name)
         return tensor if choice is None else quantized(tensor, choice.format, name)
+
+
+def _angles_of(config: ModelConfig) -> Callable[[int], Angles]:
+    rope = Rope(config.rope_theta, config.head_dim, config.max_position_embeddings, config.rope_scaling)
+
+    @cache
+    def angles(T: int) -> Angles:
+        cos, sin = rope(torch.arange(T)[None], torch.float32)
+        return cos, sin, first_keys(T, config.sliding_window, None, cos.device)
+
+    return angles
 
 
 def machine() -> str:

@@ -20,6 +20,7 @@ from puna.progress import Track, silent
 from puna.recipes.run_settings import PretrainSettings
 from puna.recipes.session import Session
 from puna.train.determinism import make_deterministic
+from puna.train.memory import keep_freed_memory
 from puna.train.precision import Precision
 from puna.train.run import RunDirectory, environment
 
@@ -62,6 +63,7 @@ def _run(
     device = choose_device(settings.device, world.local_rank)
     precision = Precision.of(settings.precision, device)
     make_deterministic(settings.determinism, device)
+    keep_freed_memory(device)
     with run.hold(resume=resume) if world.leads else nullcontext():
         fresh = not run.exists
         settings = _with_stored_length(settings, run)

@@ -15,7 +15,9 @@ from puna.tokenizer.train import TokenizerSettings
 from puna.train.checkpoint import CheckpointSettings
 from puna.train.compile import CompileSettings
 from puna.train.determinism import DeterminismSettings
+from puna.train.objectives import LossSettings
 from puna.train.optimizer import OptimizerSettings
+from puna.train.policies import MemorySettings
 from puna.train.precision import PrecisionSettings
 from puna.train.schedule import ScheduleSettings
 from puna.train.schedule import check as check_schedule
@@ -151,6 +153,8 @@ class PretrainSettings(Settings):
     precision: PrecisionSettings = PrecisionSettings()
     determinism: DeterminismSettings = DeterminismSettings()
     compile: CompileSettings = CompileSettings()
+    memory: MemorySettings = MemorySettings()
+    loss: LossSettings = LossSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     validation: ValidationSettings = ValidationSettings()
     samples: SampleSettings = SampleSettings()

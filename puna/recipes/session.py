@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,14 @@ from puna.recipes.samples import check_prompts, write_samples
 from puna.recipes.validation import Validation, validate
 from puna.train import checkpoint as checkpoints
 from puna.train import optimizer as optimizers
-from puna.train.compile import Compiled, compile_blocks
+from puna.train.compile import Layers, prepare_layers
+from puna.train.footprint import Run as Needs
+from puna.train.footprint import check_fits
 from puna.train.loop import LoopSettings, TrainState, rehearse, train
 from puna.train.memory import memory_errors
 from puna.train.metrics import MetricsLog
-from puna.train.objectives import language_modelling
+from puna.train.objectives import Objective, language_modelling
+from puna.train.policies import Circumstances, choose_policy
 from puna.train.precision import Precision
 from puna.train.report import write_report
 from puna.train.run import RunDirectory
@@ -56,8 +59,8 @@ class Session:
     corpus: Corpus
     config: ModelConfig
     model: Llama
-    compiled: Compiled
-    optimizer: torch.optim.Optimizer
+    layers: Layers
+    optimizer: optimizers.Optimizer
     loader: Loader
     peak: Peak | None
     say: Say
@@ -86,23 +89,28 @@ class Session:
         settings.check()
         check_division(settings.batch.rows, _micro_rows(settings, world), world.size)
         corpus = open_corpus(settings, run.path, world, say, track)
+        check_fits(_needs(settings, corpus, world, precision), device)
         with memory_errors("making the model"):
             config, model = _build_model(settings, corpus)
-            model.to(device, precision.master)
+            model.to(device, precision.stored)
         check_prompts(model, corpus.tokenizer, settings.samples.prompts)
         loader = _loader(settings, corpus.train, world)
         batch = next(iter(loader.steps(0))).batches[0].to(device)
 
         def trial() -> None:
-            rehearse(language_modelling, model, batch, precision)
+            rehearse(_objective(settings), model, batch, precision)
 
-        trial()  # memory that does not suffice runs out here, where the run can still be undone
-        if settings.compile.mode != "off":
+        mode, float8 = settings.compile.mode, settings.precision.float8
+        circumstances = Circumstances(device, precision.compute, float8, compiling=mode == "on")
+        policy = choose_policy(settings.memory, model, circumstances)
+        if mode != "off" and policy == "none":
             say("Compiling the layers, where there is a compiler; it is kept for the next run")
-        compiled = compile_blocks(model, settings.compile.mode, device, trial, say)
+        # Memory that does not suffice runs out here, where the run can still be undone.
+        layers = prepare_layers(model, policy, mode, device, trial, say, float8=float8)
         session = cls(
-            settings, run, world, device, precision, corpus, config, model, compiled,
-            optimizers.build(model, settings.optimizer), loader, None, say, track, TrainState(), began,
+            settings, run, world, device, precision, corpus, config, model, layers,
+            optimizers.build(model, settings.optimizer, precision, settings.seed), loader, None, say, track,
+            TrainState(), began,
         )  # fmt: skip
         session.settings = session._with_steps()
         check_schedule(session.settings.schedule, session.steps)
@@ -163,7 +171,7 @@ class Session:
         if not self.world.leads:
             return
         wanted = self.settings.samples
-        with self.compiled.eager():
+        with self.layers.replaced.eager():
             samples = write_samples(
                 self.model, self.corpus.tokenizer, wanted.prompts, wanted.new_tokens, wanted.temperature,
                 self.settings.seed,
@@ -185,7 +193,7 @@ class Session:
         assert self.log is not None
         tensors: dict[str, Mapping[str, torch.Tensor]] = {
             "model": dict(self.model.named_parameters()),
-            "optimizer": optimizers.state_tensors(self.model, self.optimizer),
+            "optimizer": optimizers.state_tensors(self.optimizer),
         }
         values = {
             "train": state.values(),
@@ -225,7 +233,7 @@ class Session:
             console, self.say = self.say, bar.say if self.world.leads else self.say
             bar.start_at(self.state.step * self.tokens_per_step)
             train(
-                language_modelling,
+                _objective(wanted),
                 self.model,
                 self.optimizer,
                 self.loader,
@@ -329,7 +337,7 @@ class Session:
                 "put them back, or start in another directory"
             )
         load_weights(self.model, Weights(self.config, list(found.tensors["model"].items())))
-        optimizers.load_state_tensors(self.model, self.optimizer, found.tensors["optimizer"])
+        optimizers.load_state_tensors(self.optimizer, found.tensors["optimizer"])
         self.state = TrainState.from_values(found.values["train"])
         self.say(f"Continuing at step {self.state.step} of {self.steps}")
         return int(found.values["metrics"]["offset"])
@@ -360,7 +368,8 @@ class Session:
         weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         seconds = seconds_per_update(self._updates, self._mean, self.track)
         self.model.load_state_dict(weights)
-        self.optimizer = optimizers.build(self.model, self.settings.optimizer)
+        wanted = self.settings
+        self.optimizer = optimizers.build(self.model, wanted.optimizer, self.precision, wanted.seed)
         return seconds
 
     def _mean(self, value: float) -> float:
@@ -369,7 +378,7 @@ class Session:
     def _updates(self, steps: int) -> None:
         """Updates at a rate of zero, as a run would make them."""
         train(
-            language_modelling, self.model, self.optimizer, self.loader, TrainState(),
+            _objective(self.settings), self.model, self.optimizer, self.loader, TrainState(),
             settings=self._loop_settings(steps), rate=lambda step: 0.0, precision=self.precision,
             world=self.world,
         )  # fmt: skip
@@ -382,10 +391,16 @@ class Session:
             f"{data.row_length} tokens ({quantity(self.steps * self.tokens_per_step)} in all, "
             f"{self.steps * batch.rows / self.loader.rows:.2f} epochs)\n"
             f"Computing on {self.device} in {self.precision}, "
-            f"{'compiled' if self.compiled.active else 'not compiled'}; measured limit {self.peak}\n"
+            f"{self.layers}; measured limit {self.peak}\n"
             f"Validation while training is on {self.sampled.tokens_total:,} of the {held_out:,} "
             "held-out tokens, at the end on all"
         )
+
+
+def _objective(settings: PretrainSettings) -> Objective:
+    """What is trained; validation is by `language_modelling` as it is."""
+    z = settings.loss.z
+    return partial(language_modelling, z=z) if z else language_modelling
 
 
 def _build_model(settings: PretrainSettings, corpus: Corpus) -> tuple[ModelConfig, Llama]:
@@ -399,6 +414,25 @@ def _build_model(settings: PretrainSettings, corpus: Corpus) -> tuple[ModelConfi
     model = Llama(source.config)
     load_weights(model, formats.expanded(source.weights))
     return source.config, model
+
+
+def _needs(settings: PretrainSettings, corpus: Corpus, world: World, precision: Precision) -> Needs:
+    """What decides about the run's memory; `auto` never keeps less than `paper`."""
+    if settings.init_from is None:
+        config = settings.model.config(corpus.tokenizer.vocab_size, settings.data.row_length)
+    else:
+        config = formats.open_model(Path(settings.init_from)).config
+    micro, policy = _micro_rows(settings, world), settings.memory.policy
+    return Needs(
+        config,
+        micro,
+        settings.data.row_length,
+        "paper" if policy == "auto" else policy,
+        precision.compute,
+        precision.stored,
+        optimizers.bytes_per_number(precision, settings.optimizer.name)["optimizer"],
+        settings.batch.rows // (micro * world.size),
+    )
 
 
 def _loader(settings: PretrainSettings, tokens: TokenSet, world: World) -> Loader:

@@ -7,19 +7,25 @@ order they come, and differs from run to run.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from puna.kernels.compiler import find_toolchain
+from puna.kernels.library import cache_directory
 from puna.model.llama import Llama
 from puna.settings import Settings, layout
+from puna.train.policies import Policy, written_out
 
 Mode = Literal["auto", "on", "off"]
 Say = Callable[[str], None]
+Forward = Callable[..., Any]
+Compiler = Callable[[Forward], Forward]
 
 
 class CompileSettings(Settings):
@@ -28,31 +34,31 @@ class CompileSettings(Settings):
     mode: Mode = layout("auto")
 
 
-class Compiled:
-    """Blocks whose forward is compiled, and the way back. Parameters and their names are untouched."""
+class Replaced:
+    """Blocks that run another forward, and the way back. Parameters and their names are untouched."""
 
-    def __init__(self, blocks: Sequence[nn.Module] = ()) -> None:
-        self._compiled: list[tuple[nn.Module, Callable[..., Any]]] = [
-            (block, _compile(block.forward)) for block in blocks
-        ]
+    def __init__(self, forwards: Sequence[tuple[nn.Module, Forward]] = ()) -> None:
+        self._forwards = forwards
         self.active = False
 
     def apply(self) -> None:
-        """Run the blocks compiled from now on."""
-        for block, forward in self._compiled:
-            block.forward = forward  # type: ignore[method-assign]  # on the instance: hides the class's
-        self.active = bool(self._compiled)
+        """Run the other forwards from now on."""
+        for block, forward in self._forwards:
+            block.forward = forward  # on the instance: hides the class's
+        self.active = bool(self._forwards)
 
     def revert(self) -> None:
         """Run the blocks as they are written."""
         if self.active:
-            for block, _ in self._compiled:
+            for block, _ in self._forwards:
                 del block.forward
         self.active = False
 
     @contextmanager
     def eager(self) -> Iterator[None]:
-        """Run uncompiled inside the context: generation, where every length would compile anew."""
+        """Run the blocks as they are written inside the context: generation, where every length would
+        compile anew.
+        """
         was_active = self.active
         self.revert()
         try:
@@ -62,34 +68,85 @@ class Compiled:
                 self.apply()
 
 
-def compile_blocks(
-    model: Llama, mode: Mode, device: torch.device, trial: Callable[[], object], say: Say
-) -> Compiled:
-    """Compile `model.model.layers`, unless the mode or the machine speaks against it.
+@dataclass(frozen=True)
+class Layers:
+    """How the layers of a model run while it trains."""
+
+    replaced: Replaced
+    policy: Policy
+    compiled: bool
+
+    def __str__(self) -> str:
+        how = "compiled" if self.compiled else "not compiled"
+        return how if self.policy == "none" else f"the layers' own backward pass ({self.policy})"
+
+
+def prepare_layers(
+    model: Llama,
+    policy: Policy,
+    mode: Mode,
+    device: torch.device,
+    trial: Callable[[], object],
+    say: Say,
+    *,
+    float8: bool = False,
+) -> Layers:
+    """Let the layers keep what the policy says, and compile them, unless the mode or the machine speaks
+    against it.
 
     Args:
-        trial: one forward and backward pass. It runs once compiled; if it fails, and does not when run
-            eagerly, the model stays eager after one line of advice.
+        trial: one forward and backward pass. It runs before the layers are compiled and after: memory that
+            does not suffice runs out before. If it fails once compiled, they stay as they were, after one
+            line of advice.
         say: takes that line.
+        float8: whether products within the layers are of 8 bits.
     """
+
+    def replace(compiler: Compiler | None) -> Replaced:
+        if policy != "none":
+            return Replaced(written_out(model, policy, compiler or _as_it_is, float8=float8))
+        return Replaced(
+            [(block, compiler(block.forward)) for block in model.model.layers] if compiler else []
+        )
+
+    replaced, compiled = replace(None), False
+    replaced.apply()
+    trial()
+    if _compiles(policy, mode, device, say):
+        replaced.revert()
+        replaced, compiled = replace(_compile), True
+        try:
+            replaced.apply()
+            trial()
+        except Exception as error:
+            replaced.revert()
+            replaced, compiled = replace(None), False
+            replaced.apply()
+            trial()  # a fault of the model or of memory shows here again, and is told as what it is
+            say(f"Running without torch.compile, somewhat slower: it failed with {_first_line(error)}")
+    return Layers(replaced, policy, compiled)
+
+
+def _compiles(policy: Policy, mode: Mode, device: torch.device, say: Say) -> bool:
     if mode == "off" or (mode == "auto" and device.type not in ("cpu", "cuda")):
-        return Compiled()
-    if device.type == "cpu" and not find_toolchain().works:
+        return False
+    if device.type != "cpu":
+        return True
+    if policy != "none":  # what the passes call is compiled already
+        return False
+    if not find_toolchain().works:
         say(f"Running without torch.compile, somewhat slower: {find_toolchain().fault}.")
-        return Compiled()
-    compiled = Compiled()
-    try:
-        compiled = Compiled(list(model.model.layers))
-        compiled.apply()
-        trial()
-    except Exception as error:
-        compiled.revert()
-        trial()  # a fault of the model or of memory shows here again, and is told as what it is
-        say(f"Running without torch.compile, somewhat slower: it failed with {_first_line(error)}")
-    return compiled
+        return False
+    return True
 
 
-def _compile(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _as_it_is(function: Forward) -> Forward:
+    return function
+
+
+def _compile(forward: Forward) -> Forward:
+    if directory := cache_directory():  # torch's own choice is a place for temporary files
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(directory.with_name("inductor")))
     # Static shapes: after a second shape torch would otherwise compile a graph for any, and go on training
     # with it; a resumed run that never saw the second shape would then compute other bits.
     # Deterministic: kernels are not chosen by timing them.

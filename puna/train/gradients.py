@@ -1,8 +1,8 @@
 """From micro-batches to one averaged, clipped gradient.
 
 Losses travel as sums with the number of trained tokens, over micro-batches and ranks; dividing by the global
-number is the last thing that happens to a gradient. So every trained token weighs the same, however a batch
-is split: means of means would favour the tokens of sparse micro-batches.
+number is the last thing that happens to a gradient, while the update reads it. So every trained token weighs
+the same, however a batch is split: means of means would favour the tokens of sparse micro-batches.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from puna.data.batches import Batch
+from puna.kernels import adamw
 from puna.parallel import World
 from puna.train.memory import memory_errors
 from puna.train.objectives import Objective
@@ -64,6 +64,8 @@ def accumulate(
     Raises:
         ResourceError: memory ran out.
     """
+    if len(batches) > 1:
+        _add_up_in_float32(model)
     losses: list[Tensor] = []
     counts: list[Tensor | int] = []
     metrics: dict[str, list[Tensor | float]] = {}
@@ -94,19 +96,25 @@ def known_scale(positions: int) -> float:
     return 2.0 ** -math.ceil(math.log2(positions))
 
 
-def average_and_clip(parameters: Sequence[nn.Parameter], factor: float, limit: float) -> float:
-    """Multiply all gradients by `factor`, then shrink them together to a norm of at most `limit`.
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> float:
+    """The norm of all gradients together; not finite where one of their numbers is not."""
+    return adamw.norm([parameter.grad for parameter in parameters if parameter.grad is not None])
 
-    Returns:
-        The norm before shrinking. If it is not finite the gradients are left as they were.
+
+def clipping(norm: float, limit: float) -> float:
+    """What shrinks a gradient of this norm to one of at most `limit`.
+
+    >>> clipping(4.0, limit=1.0), clipping(0.5, limit=1.0)
+    (0.25, 1.0)
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = float(get_total_norm(gradients)) * factor
-    if math.isfinite(norm):
-        factor *= min(1.0, limit / max(norm, 1e-12))
-        for gradient in gradients:
-            gradient.mul_(factor)
-    return norm
+    return min(1.0, limit / max(norm, 1e-12))
+
+
+def _add_up_in_float32(model: nn.Module) -> None:
+    """Gradients of weights in bfloat16: added up in it, many small ones would vanish beside their sum."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is None and parameter.dtype == torch.bfloat16:
+            parameter.grad_dtype = torch.float32
 
 
 def _sum(values: Sequence[Tensor | float]) -> float:

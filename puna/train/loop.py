@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-import torch
 from pydantic import Field
 from torch import nn
 
@@ -24,11 +23,12 @@ from puna.plan.measure import Peak
 from puna.progress import Tracker, silent
 from puna.settings import Settings, neutral
 from puna.train.determinism import seed_for
-from puna.train.gradients import Totals, accumulate, average_and_clip, known_scale
+from puna.train.gradients import Totals, accumulate, clipping, gradient_norm, known_scale
 from puna.train.metrics import Record, discard
 from puna.train.objectives import Objective
+from puna.train.optimizer import Optimizer
 from puna.train.precision import LossScale, Precision
-from puna.train.reporting import Outcome, Reporter
+from puna.train.reporting import Outcome, Reporter, Spent
 from puna.train.signals import StopRequest, stop_requests
 
 
@@ -94,7 +94,7 @@ Visit = Callable[[TrainState], None]
 def train(
     objective: Objective,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     source: Source,
     state: TrainState,
     *,
@@ -141,11 +141,8 @@ def train(
                 return
 
             began = time.perf_counter()
-            learning_rate = rate(state.step)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-
             step = next(steps)
+            loaded = time.perf_counter()
             positions = world.size * sum(batch.tokens.numel() for batch in step.batches)
             scale = known_scale(positions) * (state.loss_scale.scale if precision.scales else 1.0)
             first = world.rank * len(step.batches)
@@ -154,17 +151,21 @@ def train(
                 world
             )
 
+            formed = time.perf_counter()
             world.sum_gradients(parameters)
-            norm = average_and_clip(parameters, 1.0 / (scale * max(totals.count, 1.0)), settings.clip_norm)
+            average = 1.0 / (scale * max(totals.count, 1.0))
+            norm = average * gradient_norm(parameters)
 
-            fault = _fault(totals, norm)
-            if not fault:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            learning_rate, fault = rate(state.step), _fault(totals, norm)
+            if fault:
+                optimizer.discard()
+            else:
+                optimizer.step(learning_rate, average * clipping(norm, settings.clip_norm))
 
             state.step, state.position, state.tokens = state.step + 1, step.position, state.tokens + positions
-            seconds = time.perf_counter() - began
-            outcome = Outcome(totals, norm, learning_rate, positions, seconds, fault)
+            ended = time.perf_counter()
+            spent = Spent(ended - began, waiting=loaded - began, updating=ended - formed)
+            outcome = Outcome(totals, norm, learning_rate, positions, spent, fault)
             _note(state, outcome, reporter, scales=precision.scales, describe=partial(source.describe, step))
             if state.skipped_in_row >= settings.max_skipped:
                 save(state)

@@ -1,10 +1,11 @@
 """What a run leaves on record: one JSON object per line, mirrored to TensorBoard where that is installed.
 
     {"kind": "train", "step": 20, "tokens": 81920, "loss": 5.31, "lr": 0.0003, "grad_norm": 1.2,
-     "timing": {"seconds": 0.41, "tokens_per_s": 9990.2, "utilisation": 0.55}}
+     "timing": {"seconds": 0.41, "tokens_per_s": 9990.2, "waiting": 0.0001, "updating": 0.04,
+                "utilisation": 0.55}}
 
-Everything outside "timing" is the same, bit for bit, in a run that was interrupted and resumed as in one that
-was not.
+`waiting` (for rows) and `updating` (clipping, the optimizer) are shares of the step's seconds. Everything
+outside "timing" is the same, bit for bit, in a run that was interrupted and resumed as in one that was not.
 """
 
 from __future__ import annotations

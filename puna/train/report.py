@@ -18,7 +18,7 @@ from puna.errors import CheckpointError
 from puna.files import disk_errors, write_atomically
 from puna.progress import duration, quantity
 from puna.train.charts import Chart, Curve, chart, number, smooth
-from puna.train.history import Column, History, read_history
+from puna.train.history import History, read_history
 from puna.train.run import RunDirectory
 
 SAMPLED_STEPS = 16  # shown of a long run, spread evenly, first and last among them
@@ -27,7 +27,7 @@ EVENT_LIMIT = 100
 DOCUMENT_LIMIT = 8  # named of a skipped step's; metrics.jsonl names all
 NAMED = (  # what has its own chart or figure; anything else that was recorded gets a chart of its name
     "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "utilisation", "seconds",
-    "bits_per_byte", "perplexity",
+    "waiting", "updating", "bits_per_byte", "perplexity",
 )  # fmt: skip
 
 # What HTML forbids or what would rearrange the text around it.
@@ -236,7 +236,7 @@ def _charts(history: History, settings: dict[str, dict[str, str]]) -> list[Chart
             "Tokens per second",
             _noisy(history, "tokens_per_s", "all devices"),
             end,
-            note=_utilisation(share),
+            note=_speed_note(history),
             from_zero=True,
             right=share.values[-1] / speed.values[-1]
             if len(share) and len(speed) and speed.values[-1]
@@ -271,10 +271,14 @@ def _dots(history: History, name: str) -> list[Curve]:
     return [Curve("validation", column.steps, column.values, "dots", colour=2)]
 
 
-def _utilisation(share: Column) -> str:
-    if not len(share):
-        return ""
-    return f"right: share of the measured matrix rate, median {statistics.median(share.values):.1%}"
+def _speed_note(history: History) -> str:
+    told = {
+        "utilisation": "right: share of the measured matrix rate, median {:.1%}",
+        "waiting": "waiting for data: {:.1%} of a step",
+    }
+    columns = {name: history.column("train", name).values for name in told}
+    notes = [told[name].format(statistics.median(values)) for name, values in columns.items() if values]
+    return "; ".join(notes)
 
 
 # Samples, events, settings, places

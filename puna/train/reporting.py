@@ -12,6 +12,24 @@ from puna.train.gradients import Totals
 from puna.train.metrics import Record
 
 SHOWN = 3  # documents named on the console; the metrics name all
+WAITS = 0.01  # from this share of a step on, waiting for data is worth a word on the console
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of a step: all of them, those in which it waited for rows, and those of the update.
+
+    The update is what comes after the gradient is formed: summing it over ranks, clipping, the optimizer.
+    """
+
+    seconds: float
+    waiting: float = 0.0
+    updating: float = 0.0
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of waiting and updating in the whole."""
+        return {"waiting": self.waiting / self.seconds, "updating": self.updating / self.seconds}
 
 
 @dataclass(frozen=True)
@@ -22,7 +40,7 @@ class Outcome:
     norm: float
     learning_rate: float
     positions: int
-    seconds: float
+    spent: Spent
     fault: str = ""
 
 
@@ -75,14 +93,18 @@ class Reporter:
     def _advance(self, outcome: Outcome, note: str) -> None:
         if self.peak is not None:
             note += f"  {self._utilisation(outcome):.0%} of {quantity(self.peak.flops)}FLOP/s"
+        if outcome.spent.shares["waiting"] >= WAITS:
+            note += f"  {outcome.spent.shares['waiting']:.0%} waiting for data"
         self.bar.advance(outcome.positions, note)
 
     def _timing(self, outcome: Outcome) -> dict[str, Any]:
-        timing = {"seconds": outcome.seconds, "tokens_per_s": outcome.positions / outcome.seconds}
+        seconds = outcome.spent.seconds
+        rates = {"seconds": seconds, "tokens_per_s": outcome.positions / seconds}
+        timing = {**rates, **outcome.spent.shares}
         return timing if self.peak is None else {**timing, "utilisation": self._utilisation(outcome)}
 
     def _utilisation(self, outcome: Outcome) -> float:
         """The model's own operations per second, as a share of what all ranks' matrix products reach."""
         assert self.peak is not None
-        rate = outcome.positions * self.flops_per_token / outcome.seconds
+        rate = outcome.positions * self.flops_per_token / outcome.spent.seconds
         return rate / (self.peak.flops * self.world.size)

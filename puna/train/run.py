@@ -36,6 +36,7 @@ from puna.files import (
     temporary_beside,
     write_atomically,
 )
+from puna.kernels.library import load
 from puna.settings import Difference, Settings, differences, read_settings, to_toml
 
 S = TypeVar("S", bound=Settings)
@@ -210,6 +211,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "kernels": load("norms").fault or "compiled",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
     }
 

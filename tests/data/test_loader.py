@@ -140,3 +140,20 @@ def test_prefetching_is_bounded_and_stops_when_dropped():
     items.close()
     assert threading.active_count() == before
     assert len(made) <= 4  # one taken, two waiting, one in hand
+
+
+def test_the_next_items_are_made_while_one_is_used():
+    """So that a step that takes longer than the making never waits: nobody asks before they are there."""
+    two_more = threading.Event()
+
+    def slow():
+        for number in range(9):
+            if number == 3:
+                two_more.set()
+            yield number
+
+    items = prefetch(slow(), depth=2)
+    assert next(items) == 0
+    assert two_more.wait(timeout=30)
+    assert [next(items), next(items)] == [1, 2]
+    items.close()

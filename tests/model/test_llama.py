@@ -33,8 +33,10 @@ class PlainCache:
         self._held[layer] = new
         k, v, held = new
         distance = positions[:, None, :, None] - held[:, None, None, :]  # (B, 1, T, S)
-        mask = (distance >= 0) & (distance < (self.window or torch.inf))
-        return KERNELS["reference"](q, k, v, mask=mask, causal=False, dropout=0.0)
+        hidden = (distance < 0) | (distance >= (self.window or torch.inf))
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))  # (B, S, N, H)
+        scores = torch.einsum("btnh,bsnh->bnts", q, k) / q.shape[-1] ** 0.5
+        return torch.einsum("bnts,bsnh->btnh", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
 
 
 def gradients(model: Llama) -> dict[str, Tensor]:
@@ -82,17 +84,24 @@ def test_without_documents_a_row_is_one_sequence():
     assert torch.allclose(model(ids, documents=documents)[0, :9], whole[0, :9], atol=1e-4)
 
 
-def test_without_documents_no_mask_is_built(monkeypatch):
-    config = CONFIGS["grouped"]
+@pytest.mark.parametrize(("packed", "window"), [(False, None), (True, None), (False, 6), (True, 6)])
+def test_layers_are_told_once_where_queries_begin_to_see(monkeypatch, packed, window):
+    config = CONFIGS["grouped"].model_copy(update={"sliding_window": window})
     asked = []
 
-    def spy(q, k, v, *, mask, causal, dropout, window):
-        asked.append((mask, causal, window))
-        return KERNELS["fused"](q, k, v, mask=mask, causal=causal, dropout=dropout, window=window)
+    def spy(q, k, v, *, starts, causal, dropout):
+        asked.append((starts, causal))
+        return KERNELS["fused"](q, k, v, starts=starts, causal=causal, dropout=dropout)
 
     monkeypatch.setitem(llama_module.KERNELS, "spy", spy)
-    Llama(config, "spy")(ids_of(config, 1, 8))
-    assert asked == [(None, True, None)] * config.num_hidden_layers
+    documents, positions = packed_row() if packed else (None, None)
+    Llama(config, "spy")(ids_of(config, 1, 40), positions, documents)
+    assert len(asked) == config.num_hidden_layers and all(causal for _, causal in asked)
+    assert len({id(starts) for starts, _ in asked}) == 1
+    begin = [0] * 9 + [9] + [10] * 30 if packed else [0] * 40
+    expected = [max(first, t - window + 1) if window else first for t, first in enumerate(begin)]
+    found = asked[0][0]
+    assert found is None if not packed and window is None else found.tolist() == [expected]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -220,22 +229,6 @@ def test_autocast_stays_near_float32_with_float32_parameters(packed):
     assert rounded.dtype == torch.bfloat16
     assert (rounded.float() - exact).abs().mean() < 0.03 * exact.abs().mean()
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_the_mask_has_the_type_of_the_queries_so_that_layers_share_it(monkeypatch, autocast):
-    config, seen = CONFIGS["grouped"], []
-
-    def spy(q, k, v, *, mask, causal, dropout, window):
-        seen.append((mask.dtype == q.dtype, mask.data_ptr()))
-        return KERNELS["fused"](q, k, v, mask=mask, causal=causal, dropout=dropout)
-
-    monkeypatch.setitem(llama_module.KERNELS, "spy", spy)
-    documents, positions = packed_row()
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        Llama(config, "spy")(ids_of(config, 1, 40), positions, documents)
-    assert all(same for same, _ in seen)
-    assert len({address for _, address in seen}) == 1
 
 
 def test_bfloat16_turns_by_float32_angles():

@@ -36,9 +36,12 @@ def gap(ours: torch.Tensor, theirs: np.ndarray) -> float:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_and_gradients_equal_the_reference(name, case, kernel):
-    config = CONFIGS[name]
-    positions, documents = CASES[case]
-    model = model_of(config, torch.float64, kernel)
+    check_against_the_reference(model_of(CONFIGS[name], torch.float64, kernel), *CASES[case])
+
+
+def check_against_the_reference(model, positions, documents):
+    """Logits and gradients of a model in float64, within 1e-10."""
+    config = model.config
     ids, targets = ids_of(config, 3, LENGTH), ids_of(config, 3, LENGTH, seed=1)
 
     logits = model(ids, positions, documents)

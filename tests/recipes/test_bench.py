@@ -26,7 +26,7 @@ from puna.plan.measure import Peak, Reading
 from puna.progress import silent
 from puna.quantize.packing import pack
 from puna.quantize.recipe import Recipe
-from puna.recipes import bench_figures, bench_serve
+from puna.recipes import bench_figures, bench_serve, bench_train
 from puna.recipes.bench import WHATS, bench, explain
 from puna.recipes.bench_figures import Figure, Limits, PeakMemory, Repeat
 from puna.recipes.bench_generation import (
@@ -337,11 +337,15 @@ def test_the_help_names_every_setting_with_its_default_and_every_column(what: st
     for name in WHATS[what].settings.model_fields:
         assert any(row.partition(".")[0] == name for row in rows), name
     assert rows["model"].startswith("puna-110m A preset")
-    assert rows["engine.step_tokens"].startswith("512")
-    prompts = {"decode": "64 Tokens", "prefill": "[128, 512] Tokens", "serve": "[16, 256] Tokens"}
-    assert rows["prompt"].startswith(prompts[what])
+    if what == "train":
+        assert rows["policy"].startswith("['auto'] What layers keep")
+    else:
+        assert rows["engine.step_tokens"].startswith("512")
+        prompts = {"decode": "64 Tokens", "prefill": "[128, 512] Tokens", "serve": "[16, 256] Tokens"}
+        assert rows["prompt"].startswith(prompts[what])
     assert all(len(text.split()) > 1 for name, text in rows.items() if "engine" not in name)
-    assert set(bench_serve.HEADINGS if what == "serve" else HEADINGS) <= set(rows)
+    headings = {"serve": bench_serve.HEADINGS, "train": bench_train.HEADINGS}.get(what, HEADINGS)
+    assert set(headings) <= set(rows)
 
 
 def test_a_presets_context_grows_with_what_is_measured() -> None:
@@ -364,7 +368,7 @@ def test_a_presets_context_grows_with_what_is_measured() -> None:
             "decoed",
             [],
             SettingsError,
-            "what must be one of decode, prefill, serve, got 'decoed'. Did you mean 'decode'",
+            "what must be one of train, decode, prefill, serve, got 'decoed'. Did you mean 'decode'",
         ),
         ("decode", ["stream=[1]"], SettingsError, "unknown setting 'stream'. Did you mean 'streams'"),
         ("decode", ["streams=[0]"], SettingsError, "streams must be from 1 to engine.max_running, 64, got"),

@@ -8,12 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from puna.train.gradients import accumulate, average_and_clip, known_scale
+from puna.data.batches import Batch
+from puna.model.llama import Llama
+from puna.train.gradients import accumulate, clipping, gradient_norm, known_scale
 from puna.train.objectives import language_modelling
+from puna.train.optimizer import OptimizerSettings, build
+from puna.train.precision import Precision
 from tests.torchrun import run_in_ranks
-from tests.train.tiny import ROWS, TinySource, precision, tiny_model
-
-NO_LIMIT = 1e9
+from tests.train.tiny import CPU, ROWS, TinySource, precision, tiny_model
 
 
 def averaged(micro_rows: int, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], float]:
@@ -23,8 +25,8 @@ def averaged(micro_rows: int, dtype: torch.dtype) -> tuple[dict[str, torch.Tenso
     scale = known_scale(sum(batch.tokens.numel() for batch in batches))
     seeds = range(len(batches))
     totals = accumulate(language_modelling, model, batches, precision(dtype), scale=scale, seeds=seeds)
-    average_and_clip(list(model.parameters()), 1 / (scale * totals.count), NO_LIMIT)
-    return {name: parameter.grad for name, parameter in model.named_parameters()}, totals.loss
+    factor = 1 / (scale * totals.count)
+    return {name: parameter.grad * factor for name, parameter in model.named_parameters()}, totals.loss
 
 
 def test_the_material_is_unequal() -> None:
@@ -54,26 +56,41 @@ def test_it_is_the_gradient_of_the_mean_over_trained_tokens() -> None:
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-10, atol=1e-14)
 
 
-def test_clipping_keeps_the_direction_and_gives_the_norm_before() -> None:
-    parameters = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))]
-    parameters[0].grad, parameters[1].grad = torch.tensor([6.0, 0.0]), torch.tensor([8.0])
-    assert average_and_clip(parameters, 0.5, limit=1.0) == 5.0
-    assert parameters[0].grad.tolist() == pytest.approx([0.6, 0.0])
-    assert parameters[1].grad.tolist() == pytest.approx([0.8])
+def test_the_norm_is_of_all_gradients_and_clipping_brings_it_to_the_limit() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    parameters[0].grad, parameters[2].grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, -4.0])
+    assert gradient_norm(parameters) == 5.0
+    assert clipping(5.0, limit=1.0) == 0.2
+    assert clipping(0.5, limit=1.0) == 1.0  # a gradient below the limit is not touched
+    assert clipping(0.0, limit=1.0) == 1.0
 
 
-def test_a_gradient_below_the_limit_is_not_touched() -> None:
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.tensor([0.3, 0.4])
-    assert average_and_clip([parameter], 1.0, limit=1.0) == pytest.approx(0.5)
-    assert parameter.grad.equal(torch.tensor([0.3, 0.4]))
+def test_a_step_is_that_of_the_averaged_and_clipped_gradient() -> None:
+    weights = []
+    for factor in (1.0, 0.25):
+        model = tiny_model(dtype=torch.float64)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter) / factor
+        optimizer = build(model, OptimizerSettings(eps=1.0))  # so that the gradient's size matters
+        optimizer.step(0.1, factor)
+        assert all(parameter.grad is None for parameter in model.parameters())
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*weights)
 
 
-def test_a_gradient_that_is_not_finite_is_left_as_it_was() -> None:
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.tensor([torch.inf, 1.0])
-    assert average_and_clip([parameter], 0.5, limit=1.0) == torch.inf
-    assert parameter.grad.tolist() == [torch.inf, 1.0]
+def test_gradients_of_bfloat16_weights_are_added_up_in_float32() -> None:
+    """256 small ones beside a large one: in bfloat16 each would vanish."""
+    model = tiny_model(dtype=torch.bfloat16)
+    batch = next(TinySource().steps(0)).batches[0]
+    sizes = iter([1.0, *[1 / 512] * 256])
+
+    def objective(model: Llama, batch: Batch) -> tuple[torch.Tensor, int, dict[str, torch.Tensor | float]]:
+        return model.model.norm.weight.sum() * next(sizes), 1, {}
+
+    accumulate(objective, model, [batch] * 257, Precision(CPU, torch.bfloat16, "bfloat16"), seeds=range(257))
+    gradient = model.model.norm.weight.grad
+    assert gradient.dtype == torch.float32
+    assert gradient.unique().tolist() == [1.5]
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ import torch
 from puna.kernels.compiler import Toolchain, find_toolchain, try_toolchain
 from puna.model.llama import Llama
 from puna.train import compile as compiling
-from puna.train.compile import compile_blocks
+from puna.train.compile import prepare_layers
 from puna.train.determinism import DeterminismSettings, make_deterministic
 from puna.train.gradients import accumulate
 from puna.train.loop import LoopSettings, TrainState, rehearse, train
 from puna.train.objectives import language_modelling
 from puna.train.optimizer import OptimizerSettings, build
+from puna.train.policies import Policy
 from tests.train.tiny import CPU, ROWS, TinySource, bits, precision, same_bits, tiny_model
 
 # torch's own, while its compiler is imported
@@ -44,12 +45,13 @@ def trial_of(model: Llama, dtype: torch.dtype) -> Any:
 
 
 def trained(
-    mode: compiling.Mode, dtype: torch.dtype, dropout: float
+    mode: compiling.Mode, dtype: torch.dtype, dropout: float, policy: Policy = "none"
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
     """The weights and losses of four updates."""
     model = tiny_model(dropout)
-    compiled = compile_blocks(model, mode, CPU, trial_of(model, dtype), say=pytest.fail)
-    assert compiled.active == (mode == "on")
+    layers = prepare_layers(model, policy, mode, CPU, trial_of(model, dtype), say=pytest.fail)
+    assert layers.compiled == (mode == "on")
+    assert layers.replaced.active == (mode == "on" or policy != "none")
     losses: list[float] = []
     train(
         language_modelling, model, build(model, OptimizerSettings()), TinySource(ROWS // 2), TrainState(),
@@ -73,7 +75,7 @@ def test_all_layers_share_one_graph_and_eager_is_one_step_away() -> None:
     model = tiny_model()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = compile_blocks(model, "on", CPU, trial_of(model, torch.float32), say=pytest.fail)
+    compiled = prepare_layers(model, "none", "on", CPU, trial_of(model, torch.float32), pytest.fail).replaced
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert model.state_dict().keys() == tiny_model().state_dict().keys()
 
@@ -113,8 +115,9 @@ def test_a_failing_compiler_costs_one_line(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(compiling, "_compile", failing_compile)
     model = tiny_model()
     said: list[str] = []
-    compiled = compile_blocks(model, "on", torch.device("meta"), trial_of(model, torch.float32), said.append)
-    assert not compiled.active
+    trial = trial_of(model, torch.float32)
+    layers = prepare_layers(model, "none", "on", torch.device("meta"), trial, said.append)
+    assert not layers.compiled and not layers.replaced.active
     assert said == [
         "Running without torch.compile, somewhat slower: it failed with "
         "RuntimeError: CppCompileError: C++ compile error"
@@ -129,7 +132,7 @@ def test_an_error_of_the_model_itself_is_not_blamed_on_the_compiler(monkeypatch:
         raise ValueError("the model's own")
 
     with pytest.raises(ValueError, match="the model's own"):
-        compile_blocks(tiny_model(), "on", torch.device("meta"), trial, pytest.fail)
+        prepare_layers(tiny_model(), "none", "on", torch.device("meta"), trial, pytest.fail)
 
 
 def test_without_a_toolchain_a_cpu_runs_eagerly_after_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,13 +140,14 @@ def test_without_a_toolchain_a_cpu_runs_eagerly_after_one_line(monkeypatch: pyte
         compiling, "find_toolchain", lambda: Toolchain("g++", "there is no C++ compiler (g++)")
     )
     said: list[str] = []
-    assert not compile_blocks(tiny_model(), "auto", CPU, pytest.fail, said.append).active
+    assert not prepare_layers(tiny_model(), "none", "auto", CPU, lambda: None, said.append).compiled
     assert said == ["Running without torch.compile, somewhat slower: there is no C++ compiler (g++)."]
 
 
 @pytest.mark.parametrize(("mode", "device"), [("off", "cpu"), ("auto", "mps")])
 def test_where_compiling_is_not_wanted_nothing_is_tried(mode: compiling.Mode, device: str) -> None:
-    assert not compile_blocks(tiny_model(), mode, torch.device(device), pytest.fail, pytest.fail).active
+    model, where = tiny_model(), torch.device(device)
+    assert not prepare_layers(model, "none", mode, where, lambda: None, pytest.fail).compiled
 
 
 # The toolchain

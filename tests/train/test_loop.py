@@ -160,11 +160,11 @@ def test_a_resumed_run_is_bit_identical_with_dropout() -> None:
     whole = Run(dropout=0.2).go(7)
     first = Run(dropout=0.2).go(3)
     values = json.loads(json.dumps(first.state.values()))
-    optimizer = {name: tensor.clone() for name, tensor in state_tensors(first.model, first.optimizer).items()}
+    optimizer = {name: tensor.clone() for name, tensor in state_tensors(first.optimizer).items()}
 
     second = Run(dropout=0.2)
     second.model.load_state_dict(first.model.state_dict())
-    load_state_tensors(second.model, second.optimizer, optimizer)
+    load_state_tensors(second.optimizer, optimizer)
     second.state = TrainState.from_values(values)
     torch.manual_seed(999)  # the state of torch's generator plays no part
     second.go(7)
@@ -204,10 +204,10 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_told(
     then: Callable[[Llama, Tensor], Tensor], reason: str
 ) -> None:
     run = Run(objective=at_steps({2}, then)).go(2)
-    before = bits(run.model), {n: t.clone() for n, t in state_tensors(run.model, run.optimizer).items()}
+    before = bits(run.model), {n: t.clone() for n, t in state_tensors(run.optimizer).items()}
     run.go(3)
     assert same_bits(before[0], bits(run.model))
-    assert same_bits(before[1], state_tensors(run.model, run.optimizer))
+    assert same_bits(before[1], state_tensors(run.optimizer))
 
     run.go(4)
     assert not same_bits(before[0], bits(run.model))

@@ -37,7 +37,7 @@ def make_run(path: Path, records: list[dict[str, object]], tail: str = "") -> Pa
 
 
 def train(step: int, **values: object) -> dict[str, object]:
-    timing = {"tokens_per_s": 2000.0, "utilisation": 0.5, "seconds": 0.25}
+    timing = {"tokens_per_s": 2000.0, "utilisation": 0.5, "seconds": 0.25, "waiting": 0.002, "updating": 0.1}
     usual = {
         "kind": "train",
         "step": step,
@@ -124,7 +124,7 @@ def test_a_finished_run_shows_its_figures(tmp_path: Path) -> None:
         "Training time 1m15s 2k tokens/s",
         "learning_rate 3e-4",
         "betas 0.9, 0.95",
-        "share of the measured matrix rate, median 50.0%",
+        "share of the measured matrix rate, median 50.0%; waiting for data: 0.2% of a step",
     ):
         assert figure in said
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from puna.formats.packed import expanded, plain
 from puna.formats.proof.sketches import take_rows
-from puna.model.attention import KERNELS
+from puna.model.attention import KERNELS, first_keys
 from puna.model.config import ModelConfig
 from puna.model.counts import parameters
 from puna.model.llama import Block, Llama, RMSNorm
@@ -101,6 +101,7 @@ def _through_layers(
     """(B, T, D) each → (B, T, D) each, through every layer in turn."""
     rope = Rope(config.rope_theta, config.head_dim, config.max_position_embeddings, config.rope_scaling)
     angles = [rope(each.positions, dtype) for each in tokens]
+    starts = [first_keys(each.ids.shape[1], config.sliding_window, None, each.ids.device) for each in tokens]
     with torch.random.fork_rng(devices=[]):
         block = Block(config, KERNELS[_KERNEL]).to(hidden[0].device, dtype).eval()
     count = sum(1 for _ in block.parameters())
@@ -108,7 +109,7 @@ def _through_layers(
         for _ in range(count):
             name, value = next(stream)
             block.get_parameter(name.removeprefix(f"{_LAYER}{index}.")).copy_(plain(value))
-        hidden = [block(x, cos, sin) for x, (cos, sin) in zip(hidden, angles, strict=True)]
+        hidden = [block(x, *turns, first) for x, turns, first in zip(hidden, angles, starts, strict=True)]
     return hidden
 
 

@@ -24,7 +24,7 @@ from puna.formats.proof.tokens import ProofTokens, proof_tokens
 from puna.formats.proof.verdict import Comparison, config_differences
 from puna.formats.provenance import PayloadHash
 from puna.formats.source import Source
-from puna.model.attention import fused
+from puna.model.attention import first_keys, fused
 from puna.model.config import ModelConfig
 from puna.model.counts import parameters
 from puna.model.llama import Llama
@@ -252,12 +252,13 @@ class _Held:
         """Of q (B, T, N, H) to all keys so far; (B, T, N, H)."""
         if layer not in self.held:
             self.held[layer] = k, v
-            return fused(q, k, v, mask=None, causal=True, dropout=0.0, window=self.window)
+            starts = first_keys(q.shape[1], self.window, None, q.device)
+            return fused(q, k, v, starts=starts, causal=True, dropout=0.0)
         k, v = (torch.cat(pair, dim=1) for pair in zip(self.held[layer], (k, v), strict=True))
         if self.window is not None:
             k, v = k[:, -self.window :], v[:, -self.window :]
         self.held[layer] = k, v
-        return fused(q, k, v, mask=None, causal=False, dropout=0.0)
+        return fused(q, k, v, starts=None, causal=False, dropout=0.0)
 
 
 @dataclass(frozen=True)
