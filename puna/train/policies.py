@@ -28,6 +28,7 @@ from puna.model.llama import Attend, Block, Llama, RMSNorm
 from puna.settings import Settings, layout
 from puna.train import layer as layers
 from puna.train.layer import Angles, Form, Kept, Memory, Parameters, Plan, Products, run
+from puna.train.tied import lookup
 
 Policy = Literal["none", "paper", "block", "offload"]
 
@@ -176,7 +177,8 @@ def written_out(
     *,
     float8: bool = False,
 ) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
-    """Each of the model's layers, and its forward with the backward pass written out.
+    """Each of the model's layers, and its forward with the backward pass written out; so the embedding, if
+    it is the output layer's matrix too.
 
     Args:
         policy: not `none`.
@@ -186,7 +188,13 @@ def written_out(
     passes = [compiler(each) for each in (layers.forward, layers.up_to_gates, layers.backward)]
     products = PRODUCTS[float8]
     blocks = cast("Iterable[Block]", model.model.layers)
-    return [(block, _forward_of(block, MEMORIES[policy], products, passes)) for block in blocks]
+    found: list[tuple[nn.Module, Callable[..., Tensor]]] = [
+        (block, _forward_of(block, MEMORIES[policy], products, passes)) for block in blocks
+    ]
+    embedding = model.model.embed_tokens
+    if embedding.weight is model.lm_head.weight:
+        found.append((embedding, lambda ids: lookup(ids, embedding.weight)))
+    return found
 
 
 def _forward_of(

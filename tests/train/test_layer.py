@@ -54,7 +54,7 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
         torch.nn.init.normal_(parameter, std=0.5)
     model = Llama(config)
     model.model.layers = torch.nn.ModuleList([block])
-    ((_, forward),) = written_out(model, "paper", as_it_is)
+    (_, forward), *_ = written_out(model, "paper", as_it_is)
     x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
     angles = torch.randn(1, 5, 1, dtype=torch.float64)
     cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)
