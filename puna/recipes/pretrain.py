@@ -65,15 +65,16 @@ def _run(
     make_deterministic(settings.determinism, device)
     keep_freed_memory(device)
     with run.hold(resume=resume) if world.leads else nullcontext():
-        fresh = not run.exists
         settings = _with_stored_length(settings, run)
-        changes = run.begin(settings, environment(device), allow_changes=allow_changes) if world.leads else []
-        world.barrier()
-        with _undone_on_bad_input(run, fresh and world.leads):
+        with _undone_on_bad_input(run) if world.leads else nullcontext():
+            machine = environment(device)
+            changes = run.begin(settings, machine, allow_changes=allow_changes) if world.leads else []
+            world.barrier()
             session = Session.open(settings, run, world, device, precision, say, track, began)
+            offset = session.take_up_newest() if resume else None
         for line in changes:
             say(line)
-        return session.train_and_finish(resume, changes)
+        return session.train_and_finish(offset, changes)
 
 
 def _with_stored_length(settings: PretrainSettings, run: RunDirectory) -> PretrainSettings:
@@ -87,13 +88,18 @@ def _with_stored_length(settings: PretrainSettings, run: RunDirectory) -> Pretra
 
 
 @contextmanager
-def _undone_on_bad_input(run: RunDirectory, fresh: bool) -> Iterator[None]:
-    """A run that could not begin because of its input leaves nothing behind, so that the mended one can."""
+def _undone_on_bad_input(run: RunDirectory) -> Iterator[None]:
+    """A run that could not begin because of its input leaves nothing behind, so that the mended one can; one
+    that could not go on keeps the settings it had.
+    """
+    fresh, known = not run.exists, run.known()
     try:
         yield
     except InputError:
         if fresh:
             run.forget()
+        else:
+            run.put_back(known)
         raise
 
 

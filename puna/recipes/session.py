@@ -88,6 +88,9 @@ class Session:
         """
         settings.check()
         check_division(settings.batch.rows, _micro_rows(settings, world), world.size)
+        mode, float8 = settings.compile.mode, settings.precision.float8
+        circumstances = Circumstances(device, precision.compute, float8, compiling=mode == "on")
+        choose_policy(settings.memory, _outline(settings), circumstances)  # before the text, which takes long
         corpus = open_corpus(settings, run.path, world, say, track)
         check_fits(_needs(settings, corpus, world, precision), device)
         with memory_errors("making the model"):
@@ -100,8 +103,6 @@ class Session:
         def trial() -> None:
             rehearse(_objective(settings), model, batch, precision)
 
-        mode, float8 = settings.compile.mode, settings.precision.float8
-        circumstances = Circumstances(device, precision.compute, float8, compiling=mode == "on")
         policy = choose_policy(settings.memory, model, circumstances)
         if mode != "off" and policy == "none":
             say("Compiling the layers, where there is a compiler; it is kept for the next run")
@@ -134,11 +135,10 @@ class Session:
         """Positions one update learns from, on all ranks."""
         return self.settings.batch.rows * self.settings.data.row_length
 
-    def train_and_finish(self, resume: bool, changes: list[str]) -> dict[str, Any]:
-        """Go on from the newest checkpoint if there is one, to the end; then score, export and report."""
+    def train_and_finish(self, offset: int | None, changes: list[str]) -> dict[str, Any]:
+        """Train to the end; then score, export and report. `offset` is what `take_up_newest` gave."""
         if self.world.leads:
             self.run.store(self.settings)
-        offset = self._take_up_newest() if resume else None
         tensorboard = self.run.tensorboard if self.world.leads else None
         path, offset = (self.run.metrics, offset) if self.world.leads else (Path("/dev/null"), None)
         with MetricsLog(
@@ -316,7 +316,7 @@ class Session:
             steps=steps, clip_norm=wanted.clip_norm, seed=wanted.seed, max_skipped=wanted.max_skipped
         )
 
-    def _take_up_newest(self) -> int | None:
+    def take_up_newest(self) -> int | None:
         """Go on from the newest whole checkpoint, if there is one; the length of the metrics file then.
 
         The first rank looks before the others do, because it sets aside what is not whole. The checkpoint is
@@ -414,6 +414,16 @@ def _build_model(settings: PretrainSettings, corpus: Corpus) -> tuple[ModelConfi
     model = Llama(source.config)
     load_weights(model, formats.expanded(source.weights))
     return source.config, model
+
+
+def _outline(settings: PretrainSettings) -> Llama:
+    """The model without its numbers, and with a vocabulary of one where that is not known yet."""
+    if settings.init_from is None:
+        config = settings.model.config(1, settings.data.row_length)
+    else:
+        config = formats.open_model(Path(settings.init_from)).config
+    with torch.device("meta"):
+        return Llama(config)
 
 
 def _needs(settings: PretrainSettings, corpus: Corpus, world: World, precision: Precision) -> Needs:

@@ -77,8 +77,9 @@ class Layers:
     compiled: bool
 
     def __str__(self) -> str:
-        how = "compiled" if self.compiled else "not compiled"
-        return how if self.policy == "none" else f"the layers' own backward pass ({self.policy})"
+        if self.policy == "none":
+            return "compiled" if self.compiled else "not compiled"
+        return f"memory policy {self.policy}" + (", compiled" if self.compiled else "")
 
 
 def prepare_layers(

@@ -199,6 +199,7 @@ class _Layer(torch.autograd.Function):
             kept: Kept = plan.up_to_gates(x, angles, parameters, plan.form)[1]
             return kept
 
-        kept = plan.memory.fetch(saved[last:], again)
-        grad_x, gradients = plan.backward(grad, kept, angles, parameters, plan.form)
+        with torch.autocast(grad.device.type, enabled=False):
+            kept = plan.memory.fetch(saved[last:], again)
+            grad_x, gradients = plan.backward(grad, kept, angles, parameters, plan.form)
         return None, grad_x, None, None, None, *gradients

@@ -122,12 +122,12 @@ def _through_matrix(
     """Both sums, and where wanted the gradients of hidden states (R, D) and matrix (V, D)."""
     dtype = _product_type(rows.hidden)
     grad_hidden = torch.empty_like(rows.hidden) if wanted[0] else None
-    grad_weight = torch.zeros_like(weight) if wanted[1] else None
+    grad_weight = torch.zeros_like(weight, dtype=_sum_type(weight)) if wanted[1] else None
     sums = []
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):  # the type is chosen here
         matrix = weight if _rounds(dtype, weight) else weight.to(dtype)
         # One chunk's memory for all: fresh pages would come more slowly than products that fill them.
-        size = min(_rows_of(len(weight)), len(rows.mask))
+        size = max(1, min(_rows_of(len(weight)), len(rows.mask)))
         room = weight.new_empty(size, len(weight), dtype=dtype)
         for some, place in _chunks(rows, size):
             hidden = some.hidden.to(dtype)
@@ -180,7 +180,7 @@ def _losses(head: nn.Module, rows: _Rows, z: float) -> tuple[Tensor, Tensor]:
 
 def _chunks(rows: _Rows, size: int) -> Iterator[tuple[_Rows, slice]]:
     """So many rows each, and their place."""
-    for first in range(0, len(rows.mask), size):
+    for first in range(0, max(1, len(rows.mask)), size):
         place = slice(first, first + size)
         yield _Rows(*(each[place] for each in rows)), place
 
@@ -198,6 +198,11 @@ def _rows_for(head: nn.Module) -> int:
 def _rounds(dtype: torch.dtype, weight: Tensor) -> bool:
     """Whether products round a matrix of float32 as they read it: no copy of it is needed."""
     return dtype == torch.bfloat16 and weight.device.type == "cpu" and gemm.available()
+
+
+def _sum_type(weight: Tensor) -> torch.dtype:
+    """The type in which gradients of chunks are added up; autograd rounds the sum to the weight's."""
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def _product_type(x: Tensor) -> torch.dtype:

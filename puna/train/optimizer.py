@@ -72,7 +72,7 @@ class OptimizerSettings(Settings):
     def _used(self) -> Self:
         if self.name != "muon" and self.muon != MuonSettings():
             raise ValueError(
-                f'optimizer.muon is for optimizer.name = "muon", got {self.name!r}; leave it out'
+                f'optimizer.muon is for optimizer.name = "muon", got {self.name!r}; set that, or leave it out'
             )
         return self
 

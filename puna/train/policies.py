@@ -109,6 +109,8 @@ def choose_policy(settings: MemorySettings, model: Llama, at: Circumstances) -> 
         SettingsError: the policy does not suit the model, the device, compiling, or products of 8 bits.
     """
     policy, fault = settings.policy, _unsuited(model)
+    if at.float8 and (unfit := _unfit_for_float8(model, at.device)):
+        raise SettingsError(f"precision.float8 = true: {unfit}; leave it out")
     if policy == "auto" and not at.float8:
         wanted = at.compiled_here and not fault and not at.compiling and _has_kernels(at.compute)
         return "paper" if wanted else "none"
@@ -116,8 +118,6 @@ def choose_policy(settings: MemorySettings, model: Llama, at: Circumstances) -> 
         raise SettingsError('precision.float8 = true needs the layer\'s own passes: memory.policy = "paper"')
     if policy == "none":
         return "none"
-    if at.float8 and not fault:
-        fault = _unsuited_to_float8(model, at.device)
     if fault:
         raise SettingsError(f'memory.policy = "{policy}": {fault}')
     if policy == "offload" and at.device.type != "cuda":
@@ -143,13 +143,13 @@ def _has_kernels(compute: torch.dtype) -> bool:
     return compiled and (compute != torch.bfloat16 or gemm.available())
 
 
-def _unsuited_to_float8(model: Llama, device: torch.device) -> str:
+def _unfit_for_float8(model: Llama, device: torch.device) -> str:
     if not float8.multiplies_float8(device):
-        return f"precision.float8 = true, and {device} does not multiply in float8 (CUDA from Ada on does)"
+        return f"{device} does not multiply in float8 (CUDA from Ada on does)"
     config = model.config
     sizes = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
     if any(size % float8.MULTIPLE for size in sizes):
-        return f"precision.float8 = true wants widths that {float8.MULTIPLE} divides, got {sizes}"
+        return f"it wants widths that {float8.MULTIPLE} divides, got {sizes}"
     return ""
 
 
@@ -178,7 +178,7 @@ def written_out(
     float8: bool = False,
 ) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
     """Each of the model's layers, and its forward with the backward pass written out; so the embedding, if
-    it is the output layer's matrix too.
+    it is the output layer's matrix too, or in half precision.
 
     Args:
         policy: not `none`.
@@ -186,35 +186,54 @@ def written_out(
         float8: whether products within the layers are of 8 bits.
     """
     passes = [compiler(each) for each in (layers.forward, layers.up_to_gates, layers.backward)]
-    products = PRODUCTS[float8]
     blocks = cast("Iterable[Block]", model.model.layers)
     found: list[tuple[nn.Module, Callable[..., Tensor]]] = [
-        (block, _forward_of(block, MEMORIES[policy], products, passes)) for block in blocks
+        (block, WrittenOut(block, MEMORIES[policy], PRODUCTS[float8], tuple(passes))) for block in blocks
     ]
     embedding = model.model.embed_tokens
-    if embedding.weight is model.lm_head.weight:
-        found.append((embedding, lambda ids: lookup(ids, embedding.weight)))
+    # In bfloat16 torch's own adds up the rows of a frequent word in bfloat16, and loses most of them.
+    if embedding.weight is model.lm_head.weight or embedding.weight.dtype.itemsize < 4:
+        found.append((embedding, Lookup(embedding)))
     return found
 
 
-def _forward_of(
-    block: Block, memory: Memory, products: Products, passes: Sequence[Callable[..., Any]]
-) -> Callable[..., Tensor]:
-    attention = block.self_attn
-    H = attention.head_dim
-    heads = Heads(attention.q_proj.out_features // H, attention.k_proj.out_features // H, H)
-    eps = block.input_layernorm.eps, block.post_attention_layernorm.eps
-    plain = block.forward
+@dataclass(frozen=True)
+class WrittenOut:
+    """A block's forward whose backward pass is written out. An object, so that a copied model has its own."""
 
-    def forward(
-        x: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None = None, attend: Attend | None = None
+    block: Block
+    memory: Memory
+    products: Products
+    passes: tuple[Callable[..., Any], ...]
+
+    def __call__(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        starts: Tensor | None = None,
+        attend: Attend | None = None,
     ) -> Tensor:
+        """(B, T, D) → (B, T, D)."""
+        block = self.block
         if attend is not None:  # a cache attends: nothing is learned
-            return plain(x, cos, sin, starts, attend)
-        plan = Plan(Form(heads, *eps, _product_type(x), products), memory, *passes)
+            return Block.forward(block, x, cos, sin, starts, attend)
+        attention, H = block.self_attn, block.self_attn.head_dim
+        heads = Heads(attention.q_proj.out_features // H, attention.k_proj.out_features // H, H)
+        eps = block.input_layernorm.eps, block.post_attention_layernorm.eps
+        plan = Plan(Form(heads, *eps, _product_type(x), self.products), self.memory, *self.passes)
         return run(plan, x, Angles(cos, sin, starts), _parameters(block))
 
-    return forward
+
+@dataclass(frozen=True)
+class Lookup:
+    """An embedding's forward whose gradient is added to the table's, in its type."""
+
+    embedding: nn.Embedding
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """(B, T) → (B, T, D)."""
+        return lookup(ids, self.embedding.weight)
 
 
 def _parameters(block: Block) -> Parameters:

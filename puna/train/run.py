@@ -20,7 +20,7 @@ import os
 import platform
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -133,6 +133,17 @@ class RunDirectory:
         """
         with disk_errors(f"writing the settings of {self.path}", self.path, CheckpointError, ADVICE):
             write_atomically(self.settings_file, to_toml(settings))
+
+    def known(self) -> dict[Path, bytes | None]:
+        """Settings and machine as they are written, for `put_back`; None where there is no file."""
+        files = self.settings_file, self.environment_file
+        return {file: file.read_bytes() if file.is_file() else None for file in files}
+
+    def put_back(self, known: Mapping[Path, bytes | None]) -> None:
+        """Undo a `begin` in a run that goes on from here: what was refused must not stand as its settings."""
+        for file, content in known.items():
+            if content is not None:
+                write_atomically(file, content.decode())
 
     def forget(self) -> None:
         """Undo a `begin` that led nowhere: remove all it and what followed put here. Only for who holds it.

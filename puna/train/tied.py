@@ -11,11 +11,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 
-def lookup(ids: Tensor, table: nn.Parameter) -> Tensor:
+def lookup(ids: Tensor, table: Tensor) -> Tensor:
     """Rows (…, D) of a table (V, D) by their numbers (…); a backward pass adds to the table's `.grad`.
 
     It does so past autograd, so that `torch.autograd.grad` finds nothing of it.
@@ -32,7 +32,7 @@ def lookup(ids: Tensor, table: nn.Parameter) -> Tensor:
 class _Held(NamedTuple):
     """The table, out of autograd's sight."""
 
-    table: nn.Parameter
+    table: Tensor
 
 
 class _Lookup(torch.autograd.Function):

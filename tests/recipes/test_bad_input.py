@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import puna
 from puna import cli
 from puna.cli import printing
 from puna.engine.llm import LLM
-from puna.errors import InputError, ResourceError, SettingsError
+from puna.errors import CheckpointError, InputError, ResourceError, SettingsError
 from puna.model.presets import PRESETS
 from puna.recipes import session
 from puna.recipes.generate import generate
@@ -23,6 +24,7 @@ from puna.recipes.pretrain import pretrain
 from puna.recipes.run_settings import ModelSettings, PretrainSettings
 from puna.settings import read_settings
 from puna.train.objectives import language_modelling
+from puna.train.optimizer import OptimizerSettings
 from tests.recipes.conftest import tiny
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -62,6 +64,10 @@ EARLY: list[tuple[dict[str, Any], str]] = [
     ({"model": {"preset": "llama-7", "fields": {}}}, "llama-7b"),
     ({"schedule": {"warmup_steps": 30}}, "warmup_steps"),
     ({"batch": {"rows": 8, "micro_rows": 3}}, "micro"),
+    ({"memory": {"policy": "paper"}}, "know no dropout"),
+    ({"memory": {"policy": "offload"}, "model": {"preset": "puna-1m", "fields": None}}, "main memory"),
+    ({"precision": {"dtype": "bfloat16", "float8": True}}, "does not multiply in float8"),
+    ({"precision": {"dtype": "float32", "weights": "bfloat16"}}, "needs products in bfloat16"),
 ]
 
 
@@ -71,6 +77,20 @@ def test_found_before_the_text_is_read(tmp_path: Path, changes: dict[str, Any], 
     with pytest.raises(InputError, match=message):
         pretrain(tiny(tmp_path / "run", tmp_path / "nowhere", **changes), say=lambda line: None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_cannot_go_on_keeps_its_settings(
+    tmp_path: Path, finished: tuple[Path, dict[str, Any]]
+) -> None:
+    """What was refused must not stand in run.toml, or the run's own settings would be refused next."""
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    written = (run / "run.toml").read_bytes()
+    stored = read_settings(PretrainSettings, run / "run.toml", [f"out={run}"])
+    changed = stored.model_copy(update={"optimizer": OptimizerSettings(name="muon", learning_rate=3e-3)})
+    with pytest.raises(CheckpointError, match="momentum"):
+        pretrain(changed, resume=True, allow_changes=True, say=lambda line: None)
+    assert (run / "run.toml").read_bytes() == written
+    assert pretrain(stored, resume=True, say=lambda line: None)["steps"] == stored.length.steps
 
 
 def test_a_prompt_too_long_for_samples(tmp_path: Path, text: Path) -> None:
@@ -86,7 +106,7 @@ def test_a_model_too_large_for_memory(tmp_path: Path, text: Path) -> None:
         "num_hidden_layers": 1,
         "num_attention_heads": 4,
     }
-    with pytest.raises(ResourceError, match="making the model"):
+    with pytest.raises(ResourceError, match="no batch is small enough: take a smaller model"):
         pretrain(tiny(tmp_path / "run", text, model={"fields": fields}))
     assert list(tmp_path.iterdir()) == []
 

@@ -229,8 +229,8 @@ def test_the_matrix_keeps_the_gradient_that_was_summed(monkeypatch: pytest.Monke
     made: list[int] = []
     zeros_like = torch.zeros_like
 
-    def noted(*given: Any) -> Tensor:
-        found = zeros_like(*given)
+    def noted(*given: Any, **more: Any) -> Tensor:
+        found = zeros_like(*given, **more)
         made.append(found.data_ptr())
         return found
 
@@ -267,3 +267,26 @@ def test_a_penalty_is_part_of_the_loss_and_told() -> None:
     assert int(count) == int(same) and list(told) == ["z_loss"]
     torch.testing.assert_close(told["z_loss"], penalty.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(total, loss + penalty, rtol=1e-12, atol=0)
+
+
+def test_a_matrix_in_bfloat16_is_summed_in_float32_over_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "_rows_of", lambda vocabulary: 4)
+    torch.manual_seed(0)
+    head = nn.Linear(24, 40, bias=False).bfloat16()
+    hidden = (1 + torch.randn(2048, 24)).bfloat16()
+    targets, mask = torch.randint(0, 40, (2048,)), torch.ones(2048, dtype=torch.bool)
+    head_loss(head, hidden, targets, mask).backward()
+    exact = head.weight.detach().double().requires_grad_()
+    cross_entropy_sum(hidden.double() @ exact.t(), targets, mask).backward()
+    found = head.weight.grad
+    assert found is not None and exact.grad is not None and found.dtype == torch.bfloat16
+    assert (found.double() - exact.grad).norm() < 0.006 * exact.grad.norm()
+
+
+def test_no_rows_have_no_loss() -> None:
+    head = nn.Linear(8, 12, bias=False)
+    hidden = torch.zeros(0, 8, requires_grad=True)
+    loss = head_loss(head, hidden, torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+    assert head.weight.grad is not None and not head.weight.grad.any()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -71,12 +73,14 @@ def test_what_does_not_suit_is_refused_in_a_line() -> None:
 
 
 def test_float8_wants_a_device_and_a_shape_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "does not multiply in float8" in refusal("auto", float8=True)
+    with pytest.raises(SettingsError, match=r"cpu does not multiply in float8 .* leave it out"):
+        chosen("none", float8=True)
     monkeypatch.setattr(policies.float8, "multiplies_float8", lambda device: device == CUDA)
     assert chosen("auto", device=CUDA, compute=torch.bfloat16, float8=True) == "paper"
     assert chosen("block", device=CUDA, compute=torch.bfloat16, float8=True) == "block"
     odd = Llama(CONFIG.model_copy(update={"intermediate_size": 72}))
-    assert "widths that 16 divides, got (32, 72, 16)" in refusal("auto", model=odd, device=CUDA, float8=True)
+    with pytest.raises(SettingsError, match=r"widths that 16 divides, got \(32, 72, 16\)"):
+        chosen("paper", odd, CUDA, float8=True)
     with pytest.raises(SettingsError, match=r"needs the layer's own passes"):
         chosen("none", device=CUDA, float8=True)
 
@@ -106,8 +110,38 @@ def test_training_learns_the_same_with_every_policy(dtype: torch.dtype) -> None:
 def test_generation_runs_the_layers_as_they_are_written() -> None:
     model = tiny_model()
     layers = prepare_layers(model, "paper", "off", CPU, lambda: None, pytest.fail)
-    assert str(layers) == "the layers' own backward pass (paper)"
+    assert str(layers) == "memory policy paper"
     assert all("forward" in vars(block) for block in model.model.layers)
     with layers.replaced.eager():
         assert not any("forward" in vars(block) for block in model.model.layers)
     assert all("forward" in vars(block) for block in model.model.layers)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_copied_model_runs_its_own_layers(tied: bool) -> None:
+    model = tiny_model(tied=tied)
+    prepare_layers(model, "paper", "off", CPU, lambda: None, pytest.fail)
+    ids = torch.arange(12).view(2, 6)
+    expected = model(ids).detach()
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    found = copied(ids)
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    assert all(parameter.grad is not None for parameter in copied.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_embeddings_in_bfloat16_add_up_in_more() -> None:
+    """One word over and over: in bfloat16 its sum would stop growing."""
+    model = tiny_model(dtype=torch.bfloat16)
+    prepare_layers(model, "paper", "off", CPU, lambda: None, pytest.fail)
+    out = model.model.embed_tokens(torch.zeros(4096, dtype=torch.int64))
+    slopes = torch.rand(out.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    out.backward(slopes)
+    gradient = model.model.embed_tokens.weight.grad
+    assert gradient is not None
+    expected = slopes.double().sum(0)
+    assert ((gradient[0].double() - expected).norm() / expected.norm()) < 0.01
