@@ -29,7 +29,9 @@ Compiler = Callable[[Forward], Forward]
 
 
 class CompileSettings(Settings):
-    """`auto`: on CUDA, and on a CPU where a C++ compiler and Python's headers are found."""
+    """`auto`: on CUDA, and on a CPU where a C++ compiler and Python's headers are found and layers do not run
+    compiled passes of their own (memory.policy).
+    """
 
     mode: Mode = layout("auto")
 

@@ -16,7 +16,7 @@ from puna.kernels.attention import plain, quantized
 from puna.kernels.library import load
 from puna.kernels.native import native
 from puna.kernels.pages import BLOCK, Attend, Pages, Step, page_shapes
-from puna.model.attention import reference
+from puna.model.attention import first_keys, reference
 
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 Bind = Callable[[Pages, torch.dtype], Attend]
@@ -88,7 +88,8 @@ class Case:
         if self.int8:
             k, v = (codes.double() * scale.double()[..., None] for codes, scale in map(quantized, (k, v)))
         q, k, v = (x.double()[None] for x in (q, k, v))
-        return reference(q, k, v, mask=None, causal=True, dropout=0.0, window=self.window)[0]
+        starts = first_keys(q.shape[1], self.window, None, q.device)
+        return reference(q, k, v, starts=starts, causal=True, dropout=0.0)[0]
 
 
 def attended(

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from puna.kernels import causal, gates, norms, rowwise
+from puna.kernels.compiler import find_toolchain
 from puna.model.attention import KERNELS
 from puna.model.config import ModelConfig
 from puna.model.llama import Block, Llama
@@ -232,3 +234,27 @@ def test_products_in_float8_differ_by_their_rounding_alone() -> None:
             assert (
                 0.5 < float(torch.cosine_similarity(found[key].flatten(), value.flatten(), dim=0)) < 0.9999
             ), key
+
+
+@pytest.mark.skipif(not find_toolchain().works, reason=find_toolchain().fault)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # while the compiler is imported
+def test_the_passes_are_one_graph_each_where_kernels_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: what is kept is then decided here, and not by the compiler."""
+    for module in (causal, gates, norms, rowwise):
+        monkeypatch.setattr(module, "_calls", dict)
+    config, graphs = CONFIGS["grouped"], []
+
+    def compiler(function: Any) -> Any:
+        def counted(graph: Any, inputs: Any) -> Any:
+            graphs.append(function.__name__)
+            return graph.forward
+
+        return torch.compile(function, backend=counted, fullgraph=True, dynamic=False)
+
+    torch._dynamo.reset()
+    model, ids = model_of(config, torch.float64), ids_of(config, 2, 9)
+    Replaced(written_out(model, "block", compiler)).apply()
+    found = gradients_of(model, ids)
+    for key, value in gradients_of(model_of(config, torch.float64), ids).items():
+        torch.testing.assert_close(found[key], value, rtol=1e-10, atol=1e-12)
+    assert graphs == ["forward", "up_to_gates", "backward"]  # one for all layers
