@@ -166,7 +166,10 @@ def test_version() -> None:
         (["pretrain", "nowhere.toml"], "nowhere.toml: no such settings file"),
         (["info", "no/such/place"], "no/such/place"),
         (["report", "no-such-run"], "no-such-run"),
-        (["bench", "decoed"], "must be one of train, decode, prefill, serve, got 'decoed'. Did you mean 'decode'?"),
+        (
+            ["bench", "decoed"],
+            "must be one of train, decode, prefill, serve, got 'decoed'. Did you mean 'decode'?",
+        ),
         (["demo", "--minutes", "0.01"], "--minutes must be at least"),
         (["demo", "--minutes", "soon"], "valid number"),
         (["generate", ".", "--prompt", "x"], "not a model"),

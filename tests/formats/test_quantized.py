@@ -157,7 +157,14 @@ def test_transformers_rounds_the_inputs_of_int8_row_by_row(tmp_path: Path) -> No
         scale = inputs[0].abs().amax(-1, keepdim=True) / 127.5  # of 255 steps; ours has 254
         return ((inputs[0] / scale).round().clamp(-128, 127) * scale,)
 
+    def torchs(q: Tensor, k: Tensor, v: Tensor, **rest: object) -> Tensor:
+        heads = (x.transpose(1, 2) for x in (q, k, v))
+        found = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+        return found.transpose(1, 2)
+
     logits, exact = theirs(ids).logits, ours(ids)
+    for layer in ours.model.layers:  # a last bit that differs may round to another whole number
+        layer.self_attn.kernel = torchs
     for module in ours.modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(rounded)
