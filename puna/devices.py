@@ -55,6 +55,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def product_type(x: torch.Tensor) -> torch.dtype:
+    """The type in which matrix products of x are formed: autocast's, where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 run in hardware, rather than emulated and slower than float32."""
     if device.type == "cuda":

@@ -406,7 +406,7 @@ def _objective(settings: PretrainSettings) -> Objective:
 def _build_model(settings: PretrainSettings, corpus: Corpus) -> tuple[ModelConfig, Llama]:
     """A new model of the settings' shape, or the one in `init_from`."""
     if settings.init_from is None:
-        config = settings.model.config(corpus.tokenizer.vocab_size, settings.data.row_length)
+        config = _config(settings, corpus.tokenizer.vocab_size)
         model = Llama(config)
         initialize(model, settings.seed)
         return config, model
@@ -418,23 +418,22 @@ def _build_model(settings: PretrainSettings, corpus: Corpus) -> tuple[ModelConfi
 
 def _outline(settings: PretrainSettings) -> Llama:
     """The model without its numbers, and with a vocabulary of one where that is not known yet."""
-    if settings.init_from is None:
-        config = settings.model.config(1, settings.data.row_length)
-    else:
-        config = formats.open_model(Path(settings.init_from)).config
     with torch.device("meta"):
-        return Llama(config)
+        return Llama(_config(settings, 1))
+
+
+def _config(settings: PretrainSettings, vocab_size: int) -> ModelConfig:
+    """The new model's, or that of the one in `init_from`, which has a vocabulary of its own."""
+    if settings.init_from is None:
+        return settings.model.config(vocab_size, settings.data.row_length)
+    return formats.open_model(Path(settings.init_from)).config
 
 
 def _needs(settings: PretrainSettings, corpus: Corpus, world: World, precision: Precision) -> Needs:
     """What decides about the run's memory; `auto` never keeps less than `paper`."""
-    if settings.init_from is None:
-        config = settings.model.config(corpus.tokenizer.vocab_size, settings.data.row_length)
-    else:
-        config = formats.open_model(Path(settings.init_from)).config
     micro, policy = _micro_rows(settings, world), settings.memory.policy
     return Needs(
-        config,
+        _config(settings, corpus.tokenizer.vocab_size),
         micro,
         settings.data.row_length,
         "paper" if policy == "auto" else policy,

@@ -96,13 +96,13 @@ def footprint(run: Run) -> Footprint:
     """The memory of a run; what compiling and libraries take comes on top."""
     counts, layers = parameters(run.config), run.config.num_hidden_layers
     width = run.weights.itemsize
-    tied = run.config.tie_word_embeddings
+    twice = run.config.tie_word_embeddings and run.policy == "none"
     gradients, words = counts.total * width, run.config.vocab_size * run.config.hidden_size * width
     kept, least = (layers * run.tokens * each(run) for each in KEPT[run.policy])
     passing = run.tokens * _passing(run)
     casts = _casts(run) if run.policy == "none" else 0
-    # The gradients of a word's two uses come one after the other, each whole, and then their sum; what an
-    # update frees stays with the process, in pieces that the next one cannot always use.
+    # autograd forms the gradients of a word's two uses one after the other, each whole; tied.py does not.
+    # What an update frees stays with the process, in pieces that the next one cannot always use.
     return Footprint(
         weights=counts.total * width,
         gradients=gradients,
@@ -110,7 +110,7 @@ def footprint(run: Run) -> Footprint:
         kept=kept,
         least=least,
         at_loss=gradients + words + kept + casts + max(_loss(run), passing),
-        at_end=gradients + max((2 if tied else 1) * words + run.tokens * 2 * _block(run), passing),
+        at_end=gradients + max((2 if twice else 1) * words + run.tokens * 2 * _block(run), passing),
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from puna.devices import product_type
 from puna.errors import PunaError
 from puna.kernels import gemm
 from puna.kernels.likelihood import chunk_loss
@@ -120,7 +121,7 @@ def _through_matrix(
     rows: _Rows, weight: Tensor, z: float, wanted: tuple[bool, bool]
 ) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]:
     """Both sums, and where wanted the gradients of hidden states (R, D) and matrix (V, D)."""
-    dtype = _product_type(rows.hidden)
+    dtype = product_type(rows.hidden)
     grad_hidden = torch.empty_like(rows.hidden) if wanted[0] else None
     grad_weight = torch.zeros_like(weight, dtype=_sum_type(weight)) if wanted[1] else None
     sums = []
@@ -203,12 +204,6 @@ def _rounds(dtype: torch.dtype, weight: Tensor) -> bool:
 def _sum_type(weight: Tensor) -> torch.dtype:
     """The type in which gradients of chunks are added up; autograd rounds the sum to the weight's."""
     return torch.promote_types(weight.dtype, torch.float32)
-
-
-def _product_type(x: Tensor) -> torch.dtype:
-    """The type in which products of x are formed: autocast's, where it is on."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _sums(losses: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

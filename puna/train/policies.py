@@ -20,6 +20,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from puna.devices import product_type
 from puna.errors import SettingsError
 from puna.kernels import float8, gemm
 from puna.kernels.causal import Heads
@@ -221,7 +222,7 @@ class WrittenOut:
         attention, H = block.self_attn, block.self_attn.head_dim
         heads = Heads(attention.q_proj.out_features // H, attention.k_proj.out_features // H, H)
         eps = block.input_layernorm.eps, block.post_attention_layernorm.eps
-        plan = Plan(Form(heads, *eps, _product_type(x), self.products), self.memory, *self.passes)
+        plan = Plan(Form(heads, *eps, product_type(x), self.products), self.memory, *self.passes)
         return run(plan, x, Angles(cos, sin, starts), _parameters(block))
 
 
@@ -246,8 +247,3 @@ def _parameters(block: Block) -> Parameters:
     q, k, v, o, gate, up, down = (linear.weight for linear in linears)
     norms = block.input_layernorm.weight, block.post_attention_layernorm.weight
     return Parameters(norms[0], q, k, v, o, norms[1], gate, up, down, *(linear.bias for linear in linears))
-
-
-def _product_type(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,13 +18,6 @@ RATES = Rates(rate=0.02, betas=(0.9, 0.95), eps=1e-8, factor=0.5)
 SIZES = [(1,), (5,), (16,), (33, 17), (16384,), (3, 16385)]
 
 compiled = pytest.mark.skipif(load("adamw").functions is None, reason=load("adamw").fault)
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def normal(shape: tuple[int, ...], seed: int) -> Tensor:

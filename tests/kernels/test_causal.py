@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,13 +24,6 @@ CPU = torch.device("cpu")
 FEW = Heads(4, 2, 16)
 ROUNDING = {torch.float32: 4e-6, torch.bfloat16: 1.5e-2}
 """Of results, relative to the largest: sums of some hundred terms, and products of rounded weights."""
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,13 +19,6 @@ pytestmark = pytest.mark.skipif(load("choosing").functions is None, reason=load(
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 VANISHED = -87.3  # weights relative to the largest are 0 from here on: float32 has no normal numbers for them
 ROUNDING = 2e-6  # of probabilities in float32, and of sums of them
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

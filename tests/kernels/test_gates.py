@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,13 +15,6 @@ from puna.kernels.library import load
 compiled = pytest.mark.skipif(load("gates").functions is None, reason=load("gates").fault)
 WIDTHS = [1, 5, 16, 64, 172, 768]
 R = 131  # three blocks of rows, the last one short
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def normal(*shape: int, seed: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -22,13 +22,6 @@ LONG = [
 """(R, I, O) for which what is packed does not fit into memory at once, or sums go on in several passes."""
 DTYPES = [torch.float32, torch.bfloat16]
 Products = tuple[Tensor, ...]
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

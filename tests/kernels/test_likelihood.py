@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,13 +14,6 @@ from puna.kernels.likelihood import DTYPES, chunk_loss, plain_chunk_loss
 compiled = pytest.mark.skipif(load("likelihood").functions is None, reason=load("likelihood").fault)
 VOCABULARIES = [1, 2, 15, 16, 97, 2049, 32_000]
 C, Z = 37, 1e-2
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def material(vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

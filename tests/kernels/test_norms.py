@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,13 +15,6 @@ from puna.model.llama import RMSNorm
 compiled = pytest.mark.skipif(load("norms").functions is None, reason=load("norms").fault)
 WIDTHS = [1, 5, 16, 48, 64, 172, 288]
 R, EPS = 131, 1e-5  # three blocks of rows, the last one short
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:

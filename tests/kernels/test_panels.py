@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -17,13 +15,6 @@ pytestmark = pytest.mark.skipif(load("panels").functions is None, reason=load("p
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(32, 2), (1, 64), (31, 30), (33, 100), (96, 288), (172, 64), (320, 5000)]  # (O, I)
 ROWS = [0, 1, 2, 3, 4, 5, 7, 13, 14, 15, 16, 29, 64, 113, 230]
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

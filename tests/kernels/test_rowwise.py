@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,13 +17,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WIDTHS = [1, 2, 15, 16, 17, 48, 100, 288, 2049]
 HEADS = [(4, 4, 8), (6, 2, 48), (3, 1, 50), (8, 2, 64), (2, 1, 2)]  # (N, K, H)
 Result = tuple[Tensor, ...]
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
