@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ CPU = torch.device("cpu")
 
 def test_the_reading_rate_is_bytes_by_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock) * 0.25)
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(clock) * 0.25))
     monkeypatch.setattr(measure, "BUFFER", {"cpu": 1 << 20})
     reading = measure.measure_reading(CPU, seconds=2.0)
     assert (reading.rate, reading.size) == (2**20 / 0.25, 2**20)

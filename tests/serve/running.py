@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -134,7 +136,11 @@ def running(
             uvicorn.Config(app_of(state), log_config=None, lifespan="off", ws="none", access_log=False)
         )
         loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=lambda: loop.run_until_complete(_serve(server, state, listening)))
+        thread = threading.Thread(
+            target=lambda: loop.run_until_complete(_serve(server, state, listening)),
+            name="server",
+            daemon=True,
+        )
         thread.start()
         try:
             _wait_for(server, thread)
@@ -143,7 +149,21 @@ def running(
         finally:
             server.should_exit = True
             thread.join(STARTS)
+            assert not thread.is_alive(), f"the server did not end:\n{_doing(loop)}"
             loop.close()
+
+
+def _doing(loop: asyncio.AbstractEventLoop) -> str:
+    """What every thread is at, and what every task of the loop waits for."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    parts = [
+        f"thread {names.get(number, number)}:\n{''.join(traceback.format_stack(frame))}"
+        for number, frame in sys._current_frames().items()
+    ]
+    for task in asyncio.all_tasks(loop):
+        lines = [line for frame in task.get_stack() for line in traceback.format_stack(frame, 1)]
+        parts.append(f"{task!r}:\n{''.join(lines)}")
+    return "\n".join(parts)
 
 
 async def _serve(server: uvicorn.Server, state: ServerState, listening: socket.socket) -> None:
