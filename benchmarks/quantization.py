@@ -34,8 +34,8 @@ from puna import tokenizer as tokenizers
 from puna.errors import PunaError
 from puna.formats.convert import convert
 from puna.model.counts import parameters
-from puna.recipes.quantization import quantize
-from puna.recipes.quantize_settings import settings_of
+from puna.recipes.quantization.run import quantize
+from puna.recipes.quantization.settings import settings_of
 from puna.settings import overridden
 from puna.tokenizer.tokenizer import Tokenizer
 

@@ -43,8 +43,8 @@ from same_weights import FORMATS, Weights
 
 from puna import tokenizer
 from puna.plan.measure import measure_reading
-from puna.recipes.bench_figures import percentile
-from puna.recipes.load_generator import (
+from puna.recipes.bench.figures import percentile
+from puna.recipes.bench.load_generator import (
     Outcome,
     Query,
     Target,
@@ -54,7 +54,7 @@ from puna.recipes.load_generator import (
     open_loop,
     poisson_arrivals,
 )
-from puna.recipes.server_process import ServerProcess, free_port, running
+from puna.recipes.bench.server_process import ServerProcess, free_port, running
 from puna.train.run import environment
 
 CPU = torch.device("cpu")

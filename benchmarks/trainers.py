@@ -38,8 +38,8 @@ Side = tuple[Callable[[int], None], list[torch.nn.Parameter]]
 def puna(options: Options) -> Iterator[Side]:
     """The loop of a run: rows from a loader, a check of every number, a record of every step."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from puna.recipes.bench_train_settings import TrainBenchSettings
-    from puna.recipes.train_case import opened
+    from puna.recipes.bench.training_case import opened
+    from puna.recipes.bench.training_settings import TrainBenchSettings
     from puna.settings import parse
 
     names = ("model", "vocab", "tied", "rows", "row_length", "dtype", "weights", "policy", "threads")
@@ -141,7 +141,7 @@ def _updates(options: Options, model: torch.nn.Module, loss: Callable[[Tensor], 
 def _room(side: Side) -> dict[str, int]:
     """Bytes of weights, and the most that some updates hold above weights, gradients and optimizer.
 
-    As puna/recipes/train_case.py takes it: above what stands between two updates, less the gradients.
+    As puna/recipes/bench/training_case.py takes it: above what stands between two updates, less gradients.
     """
     run, parameters = side
     gc.collect()

@@ -41,7 +41,13 @@ NOT_FOR_ANSWERS = (
     "matplotlib",
     "llguidance",
 )
-NOT_FOR_ANSWERS += ("huggingface_hub", "fastapi", "tensorboard", "puna.recipes.generate_file", "puna.train")
+NOT_FOR_ANSWERS += (
+    "huggingface_hub",
+    "fastapi",
+    "tensorboard",
+    "puna.recipes.answering.generate_file",
+    "puna.train",
+)
 
 
 def test_an_answer_loads_only_what_it_needs(tmp_path: Path) -> None:

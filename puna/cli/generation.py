@@ -100,9 +100,9 @@ def generate(
     with quickly():
         from puna.errors import CheckFailed
         from puna.progress import on_stderr
-        from puna.recipes.generate import generate as run
+        from puna.recipes.answering.generate import generate as run
+        from puna.recipes.answering.options import sampling_options
         from puna.recipes.models import ModelChoice
-        from puna.recipes.sampling_options import sampling_options
 
     if (prompt is None) == (prompts is None):
         raise InputError("give either --prompt TEXT, which may be repeated, or --prompts FILE")
@@ -126,7 +126,7 @@ def generate(
             raise InputError("log-probabilities are shown in JSON alone; add --json, or give --prompts FILE")
         emit(run(opened(), prompt, options.sampling, write, note), as_json)
         return
-    from puna.recipes.generate_file import FileJob, generate_file
+    from puna.recipes.answering.generate_file import FileJob, generate_file
 
     assert prompts is not None
     job = FileJob(prompts, out or "-", options, template, resume)
@@ -166,10 +166,10 @@ def chat(
     """
     loading = announce("Loading …")
     with quickly():
-        from puna.recipes.chat import chat as run
+        from puna.recipes.answering.chat import chat as run
+        from puna.recipes.answering.options import sampling_options
+        from puna.recipes.answering.terminal import is_person, line_reader
         from puna.recipes.models import ModelChoice
-        from puna.recipes.sampling_options import sampling_options
-        from puna.recipes.terminal import is_person, line_reader
 
     chosen = given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     options = sampling_options(chosen, change or (), several=False)

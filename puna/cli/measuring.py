@@ -42,8 +42,8 @@ def bench(
         if what is None:
             return
     from puna.progress import on_stderr
-    from puna.recipes.bench import bench as run
-    from puna.recipes.bench import explain
+    from puna.recipes.bench.command import bench as run
+    from puna.recipes.bench.command import explain
 
     if ask_help:
         print(explain(what))

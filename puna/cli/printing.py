@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from puna.recipes.terminal import note
+from puna.recipes.answering.terminal import note
 
 __all__ = ["announce", "emit", "note", "write"]
 

@@ -79,8 +79,8 @@ def quantize(
     import puna.tokenizer
     from puna.progress import on_stderr
     from puna.recipes.models import ModelChoice
-    from puna.recipes.quantization import quantize as run
-    from puna.recipes.quantize_settings import read_quantize_settings
+    from puna.recipes.quantization.run import quantize as run
+    from puna.recipes.quantization.settings import read_quantize_settings
 
     options = given(scheme=scheme, group=group, measure=None if measure else False)
     chosen = read_quantize_settings(settings, options, exceptions or (), change or ())

@@ -45,8 +45,8 @@ def pretrain(
     From scratch, or from a model directory (init_from). configs/ has commented settings to begin with.
     """
     from puna.progress import on_stderr
-    from puna.recipes.pretrain import pretrain as run
-    from puna.recipes.run_settings import PretrainSettings
+    from puna.recipes.training.pretrain import pretrain as run
+    from puna.recipes.training.settings import PretrainSettings
     from puna.settings import read_settings
 
     chosen = read_settings(PretrainSettings, settings, overrides or ())

@@ -13,9 +13,9 @@ from typing import Any
 
 from puna.errors import SettingsError
 from puna.progress import Track, duration
-from puna.recipes.corpus import STDLIB
-from puna.recipes.pretrain import pretrain
-from puna.recipes.run_settings import PretrainSettings
+from puna.recipes.training.corpus import STDLIB
+from puna.recipes.training.pretrain import pretrain
+from puna.recipes.training.settings import PretrainSettings
 from puna.settings import parse
 from puna.train.history import read_history
 from puna.train.run import RunDirectory

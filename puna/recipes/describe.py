@@ -10,7 +10,7 @@ from puna import formats
 from puna.errors import LONGEST, printable
 from puna.formats import provenance
 from puna.model.counts import flops_per_token, parameters
-from puna.recipes.damage import summary
+from puna.recipes.quantization.damage import summary
 
 Say = Callable[[str], None]
 

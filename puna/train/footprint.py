@@ -11,8 +11,8 @@ number of matrix products, s that of one of the residual stream, w that of a wei
     none             what autograd keeps of model/llama.py, every operation by itself; see `_autograd`
 
 Two moments can hold the most: the loss, when everything is kept and no layer has its gradients yet, and the
-end of the backward pass, when all gradients are there. Both are estimated; measured and estimated memory
-differ by less than a quarter where they are not tiny, with `block` by less than a third.
+end of the backward pass, when all gradients are there. Both are estimated, and what the C library keeps of
+freed memory comes on top of what tensors take: the estimate is up to a fifth more than these.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from puna.recipes.pretrain import pretrain
-from puna.recipes.run_settings import PretrainSettings
+from puna.recipes.training.pretrain import pretrain
+from puna.recipes.training.settings import PretrainSettings
 from puna.settings import parse
 
 WORDS = "the llama walks over high plain and eats grass while small winds move slow clouds to far white hills"

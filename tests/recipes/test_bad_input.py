@@ -18,10 +18,10 @@ from puna.cli import printing
 from puna.engine.llm import LLM
 from puna.errors import CheckpointError, InputError, ResourceError, SettingsError
 from puna.model.presets import PRESETS
-from puna.recipes import session
-from puna.recipes.generate import generate
-from puna.recipes.pretrain import pretrain
-from puna.recipes.run_settings import ModelSettings, PretrainSettings
+from puna.recipes.answering.generate import generate
+from puna.recipes.training import session
+from puna.recipes.training.pretrain import pretrain
+from puna.recipes.training.settings import ModelSettings, PretrainSettings
 from puna.settings import read_settings
 from puna.train.objectives import language_modelling
 from puna.train.optimizer import OptimizerSettings

@@ -26,10 +26,10 @@ from puna.plan.measure import Peak, Reading
 from puna.progress import silent
 from puna.quantize.packing import pack
 from puna.quantize.recipe import Recipe
-from puna.recipes import bench_figures, bench_serve, bench_train
-from puna.recipes.bench import WHATS, bench, explain
-from puna.recipes.bench_figures import Figure, Limits, PeakMemory, Repeat
-from puna.recipes.bench_generation import (
+from puna.recipes.bench import figures, serving, training
+from puna.recipes.bench.command import WHATS, bench, explain
+from puna.recipes.bench.figures import Figure, Limits, PeakMemory, Repeat
+from puna.recipes.bench.generation import (
     HEADINGS,
     DecodeSettings,
     PrefillSettings,
@@ -37,8 +37,8 @@ from puna.recipes.bench_generation import (
     _decode_run,
     _prefill_run,
 )
-from puna.recipes.bench_model import Subject, flops_of, open_subject, random_model
-from puna.recipes.bench_work import bits_per_weight, has_whole_numbers, whole_operations
+from puna.recipes.bench.model import Subject, flops_of, open_subject, random_model
+from puna.recipes.bench.work import bits_per_weight, has_whole_numbers, whole_operations
 from puna.settings import parse
 from tests.model.shapes import CONFIGS, model_of
 
@@ -54,7 +54,7 @@ def limits(flops: float, rate: float) -> Limits:
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits that are measured in no time, and are accordingly wrong."""
-    monkeypatch.setattr(bench_figures, "SECONDS", 0.002)
+    monkeypatch.setattr(figures, "SECONDS", 0.002)
     monkeypatch.setattr(measure, "BUFFER", {"cpu": 1 << 22})
 
 
@@ -344,7 +344,7 @@ def test_the_help_names_every_setting_with_its_default_and_every_column(what: st
         prompts = {"decode": "64 Tokens", "prefill": "[128, 512] Tokens", "serve": "[16, 256] Tokens"}
         assert rows["prompt"].startswith(prompts[what])
     assert all(len(text.split()) > 1 for name, text in rows.items() if "engine" not in name)
-    headings = {"serve": bench_serve.HEADINGS, "train": bench_train.HEADINGS}.get(what, HEADINGS)
+    headings = {"serve": serving.HEADINGS, "train": training.HEADINGS}.get(what, HEADINGS)
     assert set(headings) <= set(rows)
 
 

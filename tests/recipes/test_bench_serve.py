@@ -22,13 +22,12 @@ from puna.errors import CheckFailed, PunaError, SettingsError
 from puna.model.weights import weights_of
 from puna.plan import measure
 from puna.progress import silent
-from puna.recipes import bench_figures
-from puna.recipes.bench import bench
-from puna.recipes.bench_figures import percentile
-from puna.recipes.bench_load import Ask, Load, Served, alone, check
-from puna.recipes.bench_serve import HEADINGS, ServeBenchSettings, _details
-from puna.recipes.http_replies import EventReader, ResponseReader
-from puna.recipes.load_generator import (
+from puna.recipes.bench import figures
+from puna.recipes.bench.command import bench
+from puna.recipes.bench.figures import percentile
+from puna.recipes.bench.http_replies import EventReader, ResponseReader
+from puna.recipes.bench.load import Ask, Load, Served, alone, check
+from puna.recipes.bench.load_generator import (
     Exchange,
     Outcome,
     Query,
@@ -41,8 +40,9 @@ from puna.recipes.load_generator import (
     outcome,
     poisson_arrivals,
 )
-from puna.recipes.made_up_tokenizer import write_tokenizer
-from puna.recipes.server_process import free_port, get, running
+from puna.recipes.bench.made_up_tokenizer import write_tokenizer
+from puna.recipes.bench.server_process import free_port, get, running
+from puna.recipes.bench.serving import HEADINGS, ServeBenchSettings, _details
 from puna.settings import parse
 from puna.tokenizer import load as load_tokenizer
 from tests.model.shapes import CONFIGS, model_of
@@ -429,7 +429,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def _short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Limits that are measured in no time, and are accordingly wrong."""
-    monkeypatch.setattr(bench_figures, "SECONDS", 0.002)
+    monkeypatch.setattr(figures, "SECONDS", 0.002)
     monkeypatch.setattr(measure, "BUFFER", {"cpu": 1 << 22})
     threads = torch.get_num_threads()
     yield
@@ -457,8 +457,8 @@ def test_a_server_under_load_and_a_row_for_every_load(directory: Path) -> None:
         assert result["ratio"] == pytest.approx(result["value"] / result["limit"])
         assert details["requests"] == 16
         assert 0 < details["outside_the_engine"] < 1
-        for figures in (details["seconds_to_first_text"], details["seconds_per_next_token"]):
-            assert 0 < figures["50"] <= figures["95"] <= figures["99"]
+        for times in (details["seconds_to_first_text"], details["seconds_per_next_token"]):
+            assert 0 < times["50"] <= times["95"] <= times["99"]
         parse(ServeBenchSettings, json.loads(json.dumps(result["settings"])))
         assert parse(EngineSettings, result["settings"]["engine"]).max_running == 16
     one, four, arriving = (result["details"] for result in results)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from puna import formats
 from puna.errors import InputError, ModelError, PunaError, ResourceError, SettingsError
@@ -18,12 +21,12 @@ from puna.model.presets import preset
 from puna.model.weights import weights_of
 from puna.plan import measure as plan_measure
 from puna.progress import silent
-from puna.recipes import bench_train, train_case
-from puna.recipes.bench import bench
-from puna.recipes.bench_train import flops_of_token
-from puna.recipes.bench_train_settings import TrainBenchSettings, document_ends, shape_of
-from puna.recipes.train_case import _memory as case_memory
-from puna.recipes.train_case import measure, opened, parts_of
+from puna.recipes.bench import training, training_case
+from puna.recipes.bench.command import bench
+from puna.recipes.bench.training import flops_of_token
+from puna.recipes.bench.training_case import _memory as case_memory
+from puna.recipes.bench.training_case import measure, opened, parts_of
+from puna.recipes.bench.training_settings import TrainBenchSettings, document_ends, shape_of
 from puna.settings import parse
 from puna.train.footprint import Run, footprint
 from puna.train.policies import Policy
@@ -42,10 +45,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits that are measured in no time; and a test's threads and memory are not the case's to change."""
-    monkeypatch.setattr(train_case, "SECONDS", 0.002)
+    monkeypatch.setattr(training_case, "SECONDS", 0.002)
     monkeypatch.setattr(plan_measure, "BUFFER", {"cpu": 1 << 22})
-    monkeypatch.setattr(train_case, "keep_freed_memory", lambda device: False)
-    monkeypatch.setattr(train_case, "make_deterministic", lambda settings, device: 1)
+    monkeypatch.setattr(training_case, "keep_freed_memory", lambda device: False)
+    monkeypatch.setattr(training_case, "make_deterministic", lambda settings, device: 1)
 
 
 def case_of(directory: str, **changes: Any) -> TrainBenchSettings:
@@ -128,32 +131,48 @@ def test_updates_are_those_of_the_loop(directory: str) -> None:
     with opened(case_of(directory)) as case:
         before = [parameter.detach().clone() for parameter in case.model.parameters()]
         case.run(3)
-        assert (case.state.step, case.state.position) == (train_case.WARM + 3, 4 * (train_case.WARM + 3))
+        assert (case.state.step, case.state.position) == (
+            training_case.WARM + 3,
+            4 * (training_case.WARM + 3),
+        )
         assert len(case.timings) == case.state.step
         moved = [not torch.equal(a, b) for a, b in zip(before, case.model.parameters(), strict=True)]
     assert all(moved)
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the most that was held"
-)
 @pytest.mark.parametrize("policy", ["none", "paper", "block"])
-def test_the_memory_that_is_estimated_is_that_which_is_measured(policy: Policy, tmp_path: Path) -> None:
-    """Within a quarter of all that is held, a third with `block`, where most of it passes in pieces."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_memory_that_is_estimated_is_that_which_tensors_take(
+    policy: Policy, dtype: str, tmp_path: Path
+) -> None:
+    """Never less, and at most a fifth more of all that is held."""
     path = tmp_path / "model"
     shape = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6}
     formats.save(path, weights_of(model_of(parse(ModelConfig, {**shape, "num_attention_heads": 4}))))
-    settings = case_of(str(path), policy=policy, rows=8, row_length=256)
+    settings = case_of(str(path), policy=policy, rows=8, row_length=256, dtype=dtype)
     with opened(settings) as case:
         memory = case_memory(case)
         run = Run(case.config, 8, 256, policy, case.precision.compute)
+        above = most_tensors(lambda: case.run(2), tmp_path / "trace.json") - memory["gradients"]
     found = footprint(run)
     held = found.weights + found.gradients + found.optimizer
     assert (memory["weights"], memory["gradients"], memory["optimizer"]) == (
         found.weights, found.gradients, found.optimizer,
     )  # fmt: skip
-    assert memory["above"] is not None
-    assert found.total == pytest.approx(held + memory["above"], rel=0.33 if policy == "block" else 0.25)
+    assert 1 <= found.total / (held + above) <= 1.2
+
+
+def most_tensors(run: Callable[[], object], trace: Path) -> int:
+    """The most bytes that tensors made by `run` took at one time.
+
+    Counted by torch as it allocates: what a process holds depends on what the C library keeps.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        run()
+    watched.export_chrome_trace(str(trace))
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    changes = [event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"])]
+    return max(accumulate(changes))
 
 
 def found_of(case: TrainBenchSettings, seconds: float = 2.0) -> dict[str, Any]:
@@ -174,7 +193,7 @@ def found_of(case: TrainBenchSettings, seconds: float = 2.0) -> dict[str, Any]:
 
 
 def test_a_row_and_json_for_every_policy_and_length(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_train, "run_apart", found_of)
+    monkeypatch.setattr(training, "run_apart", found_of)
     said: list[str] = []
     results = run(directory, "policy=[none, paper]", "row_length=[8, 16]", "rows=2", said=said)
     cases = [(result["settings"]["policy"], result["settings"]["row_length"]) for result in results]
@@ -202,7 +221,7 @@ def test_what_does_not_fit_is_told_and_the_rest_goes_on(
             raise ResourceError("needs 3GB")
         return found_of(case)
 
-    monkeypatch.setattr(bench_train, "run_apart", found)
+    monkeypatch.setattr(training, "run_apart", found)
     said: list[str] = []
     assert len(run(directory, "row_length=[8, 16]", "rows=2", said=said)) == 1
     assert said[-1] == "  auto, 16: needs 3GB"
@@ -213,7 +232,7 @@ def test_what_does_not_fit_is_told_and_the_rest_goes_on(
 def test_a_process_of_its_own_tells_figures_and_faults(directory: str) -> None:
     """Once for real: what it prints is understood, and its errors are ours."""
     with pytest.raises(SettingsError, match=r"precision\.weights"):
-        bench_train.run_apart(case_of(directory, weights="bfloat16"))
+        training.run_apart(case_of(directory, weights="bfloat16"))
 
 
 @pytest.mark.parametrize(
@@ -233,9 +252,9 @@ def test_how_a_process_ended_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ended = subprocess.CompletedProcess([], status, out, "Traceback\nKeyError: 'x'\n")
-    monkeypatch.setattr(bench_train.subprocess, "run", lambda *given, **named: ended)
+    monkeypatch.setattr(training.subprocess, "run", lambda *given, **named: ended)
     with pytest.raises(kind, match=message):
-        bench_train.run_apart(case_of(directory))
+        training.run_apart(case_of(directory))
 
 
 # Mistakes

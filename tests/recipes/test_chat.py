@@ -21,9 +21,9 @@ import puna
 from puna.engine.llm import LLM
 from puna.engine.settings import EngineSettings
 from puna.errors import InputError, TokenizerError
-from puna.recipes.chat import chat
-from puna.recipes.sampling_options import seed_of
-from puna.recipes.terminal import line_reader, read_message
+from puna.recipes.answering.chat import chat
+from puna.recipes.answering.options import seed_of
+from puna.recipes.answering.terminal import line_reader, read_message
 
 TEMPLATE = "{% for message in messages %}{{ message.role[0] }}:{{ message.content }}\n{% endfor %}"
 SAMPLING: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0.9, "seed": 4}
@@ -398,7 +398,7 @@ def test_a_terminal_takes_what_is_pasted_as_one_message() -> None:
 
 def _behind_a_terminal(loop: str) -> tuple[int, int]:
     """A process that reads lines in a loop, at its prompt, and the terminal it has."""
-    program = f"from puna.recipes.terminal import line_reader, note\nread = line_reader()\n{loop}"
+    program = f"from puna.recipes.answering.terminal import line_reader, note\nread = line_reader()\n{loop}"
     child, terminal = pty.fork()
     if child == 0:
         os.environ["TERM"] = "xterm"

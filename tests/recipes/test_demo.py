@@ -16,7 +16,7 @@ import pytest
 from puna.errors import SettingsError
 from puna.progress import silent
 from puna.recipes import demo
-from puna.recipes.run_settings import PretrainSettings
+from puna.recipes.training.settings import PretrainSettings
 from puna.train.run import RunDirectory
 
 SMALL = {

@@ -27,11 +27,11 @@ from puna.engine.params import SamplingParams
 from puna.errors import DataError, InputError, Interrupted, ResourceError, RunBusyError, SettingsError
 from puna.model.weights import weights_of
 from puna.progress import on_stderr, silent
-from puna.recipes import answer_files, generate_file
-from puna.recipes.generate import answered, generate
-from puna.recipes.generate_file import FileJob, fingerprint
-from puna.recipes.prompt_files import read_prompts
-from puna.recipes.sampling_options import sampling_options, seed_of
+from puna.recipes.answering import answer_files, generate_file
+from puna.recipes.answering.generate import answered, generate
+from puna.recipes.answering.generate_file import FileJob, fingerprint
+from puna.recipes.answering.options import sampling_options, seed_of
+from puna.recipes.answering.prompt_files import read_prompts
 from puna.settings import parse
 
 GIVEN = {"max_new_tokens": 12, "seed": 5, "temperature": 0.9}

@@ -27,10 +27,10 @@ from puna.errors import (
     TokenizerError,
 )
 from puna.progress import silent
-from puna.recipes import session
-from puna.recipes.length import seconds_per_update
-from puna.recipes.pretrain import pretrain
-from puna.recipes.run_settings import PretrainSettings
+from puna.recipes.training import session
+from puna.recipes.training.length import seconds_per_update
+from puna.recipes.training.pretrain import pretrain
+from puna.recipes.training.settings import PretrainSettings
 from puna.settings import read_settings, to_toml
 from puna.train.loop import train
 from tests.recipes.conftest import tiny, write_text

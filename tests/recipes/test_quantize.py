@@ -24,12 +24,12 @@ from puna.formats.packed import plain
 from puna.model.config import ModelConfig
 from puna.model.initial import initial_weights
 from puna.model.weights import Packed, Weights, weights_of
-from puna.recipes import model_quantizer
-from puna.recipes.damage import worst
 from puna.recipes.describe import describe
-from puna.recipes.quantization import quantize
-from puna.recipes.quantize_settings import read_quantize_settings, settings_of
-from puna.recipes.unfinished import partial_of
+from puna.recipes.quantization import model as model_quantizer
+from puna.recipes.quantization.damage import worst
+from puna.recipes.quantization.run import quantize
+from puna.recipes.quantization.settings import read_quantize_settings, settings_of
+from puna.recipes.quantization.unfinished import partial_of
 from puna.tokenizer.tokenizer import Tokenizer
 from tests.model.shapes import model_of
 from tests.reference import numpy_llama
@@ -451,9 +451,9 @@ def test_a_disk_that_is_too_small(
     saved: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from puna.errors import ResourceError
-    from puna.recipes import quantize_job
+    from puna.recipes.quantization import job
 
-    monkeypatch.setattr(quantize_job.shutil, "disk_usage", lambda path: type("", (), {"free": 1000})())
+    monkeypatch.setattr(job.shutil, "disk_usage", lambda path: type("", (), {"free": 1000})())
     with pytest.raises(ResourceError, match=r"are needed beside .*1kB are free"):
         quantized(saved, tmp_path / "small", "int8", text)
     assert list(tmp_path.iterdir()) == []
@@ -613,8 +613,8 @@ PEAK = """
 import resource, sys
 from pathlib import Path
 from puna import formats
-from puna.recipes.quantization import quantize
-from puna.recipes.quantize_settings import settings_of
+from puna.recipes.quantization.run import quantize
+from puna.recipes.quantization.settings import settings_of
 source, text, target, scheme = sys.argv[1:]
 few = {"sequences": 46, "measured": 2}
 settings = settings_of({"scheme": scheme, "calibration": few, "gptq": {"sweeps": 0}})

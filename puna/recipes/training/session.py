@@ -23,11 +23,11 @@ from puna.model.weights import Weights, load_weights, weights_of
 from puna.parallel import World
 from puna.plan.measure import Peak, measure_peak
 from puna.progress import Track, quantity, silent
-from puna.recipes.corpus import Corpus, open_corpus
-from puna.recipes.length import Pace, seconds_per_update, steps_for
-from puna.recipes.run_settings import PretrainSettings
-from puna.recipes.samples import check_prompts, write_samples
-from puna.recipes.validation import Validation, validate
+from puna.recipes.training.corpus import Corpus, open_corpus
+from puna.recipes.training.length import Pace, seconds_per_update, steps_for
+from puna.recipes.training.samples import check_prompts, write_samples
+from puna.recipes.training.settings import PretrainSettings
+from puna.recipes.training.validation import Validation, validate
 from puna.train import checkpoint as checkpoints
 from puna.train import optimizer as optimizers
 from puna.train.compile import Layers, prepare_layers

@@ -19,8 +19,8 @@ from puna.data.stdlib import StandardLibrary, standard_library
 from puna.errors import DataError, ModelError, SettingsError, nearest
 from puna.parallel import World
 from puna.progress import Track
-from puna.recipes.compression import Compression, compress
-from puna.recipes.run_settings import DataSettings, PretrainSettings
+from puna.recipes.training.compression import Compression, compress
+from puna.recipes.training.settings import DataSettings, PretrainSettings
 from puna.tokenizer.tokenizer import Tokenizer
 from puna.tokenizer.train import train as train_tokenizer
 

@@ -9,7 +9,7 @@ from typing import Any
 from puna.errors import SettingsError
 from puna.quantize.gptq import GptqSettings
 from puna.quantize.recipe import Recipe
-from puna.recipes.calibration import CalibrationSettings
+from puna.recipes.quantization.calibration import CalibrationSettings
 from puna.settings import Settings, overridden, parse, read_toml
 
 

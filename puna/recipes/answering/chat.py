@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from puna.engine.llm import LLM
-from puna.recipes.chat_commands import load, obey
-from puna.recipes.conversation import Conversation, Note
-from puna.recipes.terminal import Read, Write, read_message
+from puna.recipes.answering.commands import load, obey
+from puna.recipes.answering.conversation import Conversation, Note
+from puna.recipes.answering.terminal import Read, Write, read_message
 
 
 def chat(

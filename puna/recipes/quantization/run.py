@@ -1,7 +1,7 @@
 """`puna quantize`: a smaller model, one layer in memory at a time, measured against its source as it is made.
 
-The source is read once. Each layer is quantized, and the texts (recipes/layer_quantizer.py) go on to the next
-one; what is finished lies in `DST.partial` (recipes/unfinished.py) until all of it is written to DST at once.
+The source is read once. Each layer is quantized, and the texts (layer.py) go on to the next
+one; what is finished lies in `DST.partial` (unfinished.py) until all of it is written to DST at once.
 
     B sequences   T positions   R rows (B · T)   D width   V vocabulary
 """
@@ -24,11 +24,11 @@ from puna.formats.huggingface import directory as huggingface
 from puna.formats.saving import check_destination, written_aside
 from puna.model.weights import Packed, Weights
 from puna.progress import Track, silent
-from puna.recipes.damage import lines
-from puna.recipes.model_quantizer import ModelQuantizer, machine
-from puna.recipes.quantize_job import Job, prepared
-from puna.recipes.quantize_settings import QuantizeSettings
-from puna.recipes.unfinished import Unfinished, partial_of, unfinished
+from puna.recipes.quantization.damage import lines
+from puna.recipes.quantization.job import Job, prepared
+from puna.recipes.quantization.model import ModelQuantizer, machine
+from puna.recipes.quantization.settings import QuantizeSettings
+from puna.recipes.quantization.unfinished import Unfinished, partial_of, unfinished
 from puna.tokenizer.tokenizer import Tokenizer
 
 Say = Callable[[str], None]

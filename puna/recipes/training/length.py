@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from puna.progress import Track
-from puna.recipes.run_settings import LengthSettings
+from puna.recipes.training.settings import LengthSettings
 
 MEASURED_SECONDS = 12.0  # of real updates
 FORWARD_SHARE = 0.4  # of an update's time is what scoring as many tokens takes

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from puna.errors import PunaError
-from puna.recipes.load_generator import Target
+from puna.recipes.bench.load_generator import Target
 
 STARTING = 600.0  # seconds that a server may take to open its model
 ENDING = 60.0  # seconds that it may take to end

@@ -24,12 +24,12 @@ from puna.model.config import ModelConfig
 from puna.model.weights import Packed, shapes
 from puna.progress import quantity
 from puna.quantize.recipe import EMBEDDING, Choice, choices, settled
-from puna.recipes.calibration import Text, read_text
-from puna.recipes.damage import worst
-from puna.recipes.hidden_states import HiddenStates
-from puna.recipes.layer_quantizer import Texts
-from puna.recipes.quantize_settings import QuantizeSettings
-from puna.recipes.unfinished import Unfinished
+from puna.recipes.quantization.calibration import Text, read_text
+from puna.recipes.quantization.damage import worst
+from puna.recipes.quantization.hidden_states import HiddenStates
+from puna.recipes.quantization.layer import Texts
+from puna.recipes.quantization.settings import QuantizeSettings
+from puna.recipes.quantization.unfinished import Unfinished
 from puna.tokenizer.tokenizer import Tokenizer
 
 NORM = "model.norm.weight"
@@ -151,7 +151,7 @@ def prepared(
     """The job, after checking all that can be checked before any tensor is read.
 
     Raises:
-        InputError: as `puna.recipes.quantization.quantize`.
+        InputError: as `puna.recipes.quantization.run.quantize`.
     """
     _refuse_quantized(source)
     settings = settings.model_copy(update={"recipe": settled(settings.recipe, source.dtype)})

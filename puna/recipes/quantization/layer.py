@@ -31,7 +31,7 @@ from puna.quantize.matrices import in_panels, suits
 from puna.quantize.packed import PackedLinear
 from puna.quantize.recipe import Choice
 from puna.quantize.schemes import quantized
-from puna.recipes.hidden_states import HiddenStates, relative_distance
+from puna.recipes.quantization.hidden_states import HiddenStates, relative_distance
 
 Told = Callable[[float, str], None]
 """Takes a share of the layer's work, and what is worked on now."""

@@ -16,10 +16,17 @@ from puna.engine.llm import LLM
 from puna.engine.params import CONSTRAINTS, SamplingParams
 from puna.errors import DataError, Interrupted, PunaError, SettingsError
 from puna.progress import Track, Tracker, quantity
-from puna.recipes.answer_files import AnswerFile, Record, answer_file, as_line, record_of, refuse_existing
-from puna.recipes.generate import answered, is_incomplete
-from puna.recipes.prompt_files import STANDARD, PromptLine, Survey, read_prompts, survey
-from puna.recipes.sampling_options import SamplingOptions, chosen_seed, seed_of
+from puna.recipes.answering.answer_files import (
+    AnswerFile,
+    Record,
+    answer_file,
+    as_line,
+    record_of,
+    refuse_existing,
+)
+from puna.recipes.answering.generate import answered, is_incomplete
+from puna.recipes.answering.options import SamplingOptions, chosen_seed, seed_of
+from puna.recipes.answering.prompt_files import STANDARD, PromptLine, Survey, read_prompts, survey
 from puna.settings import parse
 
 Write = Callable[[str], None]

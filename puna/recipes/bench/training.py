@@ -15,8 +15,8 @@ from puna.model.config import ModelConfig
 from puna.model.counts import flops_per_token, parameters
 from puna.plan.measure import Peak, Reading
 from puna.progress import Track, quantity
-from puna.recipes.bench_figures import Figure, Limits, Repeat, Say
-from puna.recipes.bench_train_settings import TrainBenchSettings, document_ends, shape_of
+from puna.recipes.bench.figures import Figure, Limits, Repeat, Say
+from puna.recipes.bench.training_settings import TrainBenchSettings, document_ends, shape_of
 
 _COLUMNS = "{:>8} {:>7} {:>9} {:>7} {:>9} {:>8} {:>6} {:>9} {:>7} {:>8} {:>8} {:>8} {:>9}"
 HEADINGS = (
@@ -83,12 +83,12 @@ def _introduce(found: dict[str, Any], say: Say) -> None:
 
 
 def run_apart(case: TrainBenchSettings) -> dict[str, Any]:
-    """What one case came to, as `train_case` tells it.
+    """What one case came to, as training_case.py tells it.
 
     Raises:
         PunaError: of the kind that the process told; ResourceError where it was killed.
     """
-    command = [sys.executable, "-m", "puna.recipes.train_case"]
+    command = [sys.executable, "-m", "puna.recipes.bench.training_case"]
     done = subprocess.run(command, input=case.model_dump_json(), capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines()
     if done.returncode == -9:

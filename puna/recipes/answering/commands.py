@@ -12,8 +12,8 @@ from puna.engine.params import SamplingParams
 from puna.errors import DataError, InputError, PunaError, SettingsError, nearest
 from puna.files import disk_errors, write_atomically
 from puna.formats.json_files import read_object
-from puna.recipes.conversation import Conversation, Messages
-from puna.recipes.sampling_options import refuse_several
+from puna.recipes.answering.conversation import Conversation, Messages
+from puna.recipes.answering.options import refuse_several
 from puna.settings import overridden, parse
 
 ROLES = ("system", "user", "assistant")

@@ -24,9 +24,9 @@ from puna.kernels.pages import BLOCK
 from puna.model.config import ModelConfig
 from puna.progress import Track, Tracker, quantity
 from puna.quantize.recipe import Recipe
-from puna.recipes.bench_figures import Figure, PeakMemory, Repeat, Say, measure_limits
-from puna.recipes.bench_model import Subject, flops_of, open_subject, random_model
-from puna.recipes.bench_work import bits_per_weight, has_whole_numbers, whole_operations
+from puna.recipes.bench.figures import Figure, PeakMemory, Repeat, Say, measure_limits
+from puna.recipes.bench.model import Subject, flops_of, open_subject, random_model
+from puna.recipes.bench.work import bits_per_weight, has_whole_numbers, whole_operations
 from puna.settings import Settings, parse
 from puna.train.run import environment
 

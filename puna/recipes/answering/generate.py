@@ -9,7 +9,7 @@ from puna.engine.completion import Completion
 from puna.engine.llm import LLM
 from puna.engine.params import SamplingParams, TokenLogprobs
 from puna.errors import PunaError
-from puna.recipes.sampling_options import chosen_seed, seed_of
+from puna.recipes.answering.options import chosen_seed, seed_of
 from puna.settings import parse
 
 Write = Callable[[str], None]

@@ -17,8 +17,8 @@ from puna.devices import choose_device
 from puna.errors import InputError
 from puna.parallel import World
 from puna.progress import Track, silent
-from puna.recipes.run_settings import PretrainSettings
-from puna.recipes.session import Session
+from puna.recipes.training.session import Session
+from puna.recipes.training.settings import PretrainSettings
 from puna.train.determinism import make_deterministic
 from puna.train.memory import keep_freed_memory
 from puna.train.precision import Precision

@@ -1,6 +1,6 @@
 """One case of `puna bench train`: a model trained by the real loop in a process of its own, and its figures.
 
-    python -m puna.recipes.train_case < settings.json
+    python -m puna.recipes.bench.training_case < settings.json
 
 prints one line of JSON. A process of its own, because the most memory that a process held cannot be told
 apart by what held it.
@@ -32,8 +32,8 @@ from puna.model.config import ModelConfig
 from puna.model.initial import initialize
 from puna.model.llama import Llama
 from puna.plan.measure import Peak, measure_peak, measure_reading
-from puna.recipes.bench_figures import SECONDS, PeakMemory
-from puna.recipes.bench_train_settings import TrainBenchSettings, document_ends, shape_of
+from puna.recipes.bench.figures import SECONDS, PeakMemory
+from puna.recipes.bench.training_settings import TrainBenchSettings, document_ends, shape_of
 from puna.settings import parse
 from puna.train import optimizer as optimizers
 from puna.train.compile import Layers, prepare_layers

@@ -15,12 +15,12 @@ from typing import Any
 
 from puna.errors import SettingsError, nearest
 from puna.progress import Track
-from puna.recipes import bench_generation, bench_serve, bench_train
-from puna.recipes.bench_figures import Figure, Say
-from puna.recipes.bench_generation import DecodeSettings, PrefillSettings, decode, prefill
-from puna.recipes.bench_serve import ServeBenchSettings, serve
-from puna.recipes.bench_train import train
-from puna.recipes.bench_train_settings import TrainBenchSettings
+from puna.recipes.bench import generation, serving, training
+from puna.recipes.bench.figures import Figure, Say
+from puna.recipes.bench.generation import DecodeSettings, PrefillSettings, decode, prefill
+from puna.recipes.bench.serving import ServeBenchSettings, serve
+from puna.recipes.bench.training import train
+from puna.recipes.bench.training_settings import TrainBenchSettings
 from puna.settings import Settings, read_settings
 
 
@@ -34,10 +34,10 @@ class Benchmark:
 
 
 WHATS = {
-    "train": Benchmark(TrainBenchSettings, bench_train.COLUMNS, train),
-    "decode": Benchmark(DecodeSettings, bench_generation.COLUMNS, decode),
-    "prefill": Benchmark(PrefillSettings, bench_generation.COLUMNS, prefill),
-    "serve": Benchmark(ServeBenchSettings, bench_serve.COLUMNS, serve),
+    "train": Benchmark(TrainBenchSettings, training.COLUMNS, train),
+    "decode": Benchmark(DecodeSettings, generation.COLUMNS, decode),
+    "prefill": Benchmark(PrefillSettings, generation.COLUMNS, prefill),
+    "serve": Benchmark(ServeBenchSettings, serving.COLUMNS, serve),
 }
 
 

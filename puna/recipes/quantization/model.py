@@ -26,8 +26,9 @@ from puna.quantize.gptq import Gptq
 from puna.quantize.recipe import EMBEDDING, OUTPUT, not_quantized
 from puna.quantize.release import release
 from puna.quantize.schemes import quantized
-from puna.recipes.damage import figures_of
-from puna.recipes.layer_quantizer import (
+from puna.recipes.quantization.damage import figures_of
+from puna.recipes.quantization.job import LAYER, NORM, Job
+from puna.recipes.quantization.layer import (
     Angles,
     Layer,
     groups_of,
@@ -35,8 +36,7 @@ from puna.recipes.layer_quantizer import (
     quantize_layer,
     takes_whole_numbers,
 )
-from puna.recipes.quantize_job import LAYER, NORM, Job
-from puna.recipes.unfinished import Unfinished
+from puna.recipes.quantization.unfinished import Unfinished
 
 Told = Callable[[float, str], None]
 """Takes a share of the layers, and what is worked on now."""

@@ -11,8 +11,8 @@ from puna.engine.llm import LLM
 from puna.engine.params import SamplingParams
 from puna.engine.stream import Stream
 from puna.errors import InputError, PunaError
-from puna.recipes.sampling_options import seed_of
-from puna.recipes.terminal import Write, interrupts
+from puna.recipes.answering.options import seed_of
+from puna.recipes.answering.terminal import Write, interrupts
 from puna.settings import parse
 from puna.tokenizer import chat as chats
 

@@ -27,14 +27,14 @@ from puna.formats.huggingface.directory import HuggingFaceSettings
 from puna.model.initial import initial_weights
 from puna.model.presets import PRESETS
 from puna.progress import Track, Tracker
-from puna.recipes.bench_figures import Figure, Limits, Repeat, Say, measure_limits, percentile
-from puna.recipes.bench_generation import GenerationSettings, described
-from puna.recipes.bench_load import Ask, Load, Served, put
-from puna.recipes.bench_model import Subject, flops_of
-from puna.recipes.bench_work import bits_per_weight, has_whole_numbers, whole_operations
-from puna.recipes.made_up_tokenizer import write_tokenizer
+from puna.recipes.bench.figures import Figure, Limits, Repeat, Say, measure_limits, percentile
+from puna.recipes.bench.generation import GenerationSettings, described
+from puna.recipes.bench.load import Ask, Load, Served, put
+from puna.recipes.bench.made_up_tokenizer import write_tokenizer
+from puna.recipes.bench.model import Subject, flops_of
+from puna.recipes.bench.server_process import ServerProcess, free_port, running
+from puna.recipes.bench.work import bits_per_weight, has_whole_numbers, whole_operations
 from puna.recipes.models import ModelChoice
-from puna.recipes.server_process import ServerProcess, free_port, running
 from puna.settings import parse, to_toml
 from puna.train.run import environment
 

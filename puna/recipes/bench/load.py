@@ -12,7 +12,7 @@ from puna.engine.answer import Answer, Request
 from puna.engine.engine import Engine
 from puna.engine.params import SamplingParams
 from puna.errors import CheckFailed
-from puna.recipes.load_generator import (
+from puna.recipes.bench.load_generator import (
     Outcome,
     Query,
     Target,
@@ -22,7 +22,7 @@ from puna.recipes.load_generator import (
     open_loop,
     poisson_arrivals,
 )
-from puna.recipes.server_process import ServerProcess
+from puna.recipes.bench.server_process import ServerProcess
 
 TIMEOUT = 3600.0  # seconds that an answer may take; only a server that hangs takes so long
 

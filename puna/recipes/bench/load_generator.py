@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from puna.recipes.http_replies import EventReader, ResponseReader
+from puna.recipes.bench.http_replies import EventReader, ResponseReader
 
 TEXT = "/v1/completions"
 CHAT = "/v1/chat/completions"

@@ -7,7 +7,7 @@ from torch import nn
 from puna.model.counts import parameters
 from puna.model.llama import Llama
 from puna.quantize.packed import PackedLinear
-from puna.recipes.bench_model import Subject
+from puna.recipes.bench.model import Subject
 
 WHOLE = ("int8", "int4")
 """Kinds of matrices whose products are between whole numbers, of eight bits in either case."""
