@@ -15,7 +15,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-CPU_WORDS = ("can't allocate memory", "not enough memory")  # the words of torch's CPU allocators
+MEMORY_WORDS = ("can't allocate memory", "not enough memory", "CUDA error: out of memory")
+"""Of torch's CPU allocators, and of CUDA where it finds no main memory that it can pin."""
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -103,7 +104,7 @@ def total_memory(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it is Python's, a device's, or the CPU allocator's complaint, which is a plain RuntimeError."""
+    """Whether it is Python's, a device's, or an allocator's of main memory, which is a plain RuntimeError."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in CPU_WORDS)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in MEMORY_WORDS)

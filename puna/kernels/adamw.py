@@ -162,15 +162,19 @@ def fused_update(updates: Sequence[Update], rates: Rates) -> None:
 
 def _fused(updates: Sequence[Update], decay: float, rates: Rates) -> None:
     device = updates[0].weight.device
+
+    def number(value: float) -> Tensor:
+        return torch.full((), value, device=device)  # filled there: to copy it the device would be waited for
+
     torch_adamw(
         [one.weight if one.master is None else one.master for one in updates],
         [one.gradient.float() for one in updates],
         [one.first for one in updates],
         [one.second for one in updates],
         [],
-        [torch.tensor(one.step - 1.0, device=device) for one in updates],
+        [number(one.step - 1.0) for one in updates],
         fused=True,
-        grad_scale=torch.tensor(1 / rates.factor, device=device),
+        grad_scale=number(1 / rates.factor),
         amsgrad=False,
         beta1=rates.betas[0],
         beta2=rates.betas[1],
@@ -212,7 +216,14 @@ def _compiled_update(call: Callable[..., None], updates: Sequence[Update], rates
 
 
 def _piece(one: Update, rates: Rates) -> _Piece:
-    places = [None if x is None else x.data_ptr() for x in _tensors(one)]
+    tensors = _tensors(one)
+    # Else C++ would read or write beyond what there is.
+    assert all(x is None or x.shape == one.weight.shape for x in tensors)
+    assert one.second.dtype == one.first.dtype and (one.master is None) == (
+        one.weight.dtype == one.first.dtype
+    )
+    assert one.master is None or one.master.dtype == torch.float32
+    places = [None if x is None else x.data_ptr() for x in tensors]
     keep = 1 - rates.rate * one.decay
     return _Piece(*places, one.weight.numel(), keep, *rates.corrections(one.step), *one.key)
 

@@ -107,7 +107,8 @@ private:
         void read_keys(long k) {
             const auto key = head_of<M>(call, call.k, b, key_head, true);
             const auto value = head_of<M>(call, call.v, b, key_head, false);
-            for (long r = 0; r < BLOCK && k + r < end; r += SIDE) {
+            const long begin = std::max(0L, floored(starts[first], SIDE) - k);
+            for (long r = begin; r < BLOCK && k + r < end; r += SIDE) {
                 key.read_rows(k + r, keys + r * size.P);
                 value.read_rows(k + r, rows);
                 into_pairs<M>(rows, size.P, values + r / I<M> * size.P);
@@ -190,6 +191,7 @@ private:
                 out.write_row(q, sums + at * size.P, 1 / totals[at]);
                 lse[q] = largest[at] * size.scale + std::log(totals[at]);
             }
+            settle();
         }
     };
 };

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from puna.kernels import causal_cuda, causal_plain
+from puna.kernels.causal_plain import turn, turn_back
 from puna.kernels.library import NAMES, load
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -59,7 +60,7 @@ def attend(
     call = _calls().get(("attend", q.dtype)) if q.device.type == "cpu" else None
     if call is None:
         some = causal_cuda if causal_cuda.suits(q, starts) else causal_plain
-        return some.attend(q, k, v, cos, sin, starts)
+        return some.attend(turn(q, cos, sin), turn(k, cos, sin), v, starts)
     (B, T, N, _), kind = q.shape, q.dtype
     out, lse = q.new_empty(q.shape), q.new_empty(B, N, T, dtype=torch.float32)
     heads = {"q": _rows(q, kind), "k": _rows(k, kind), "v": _rows(v, kind), "out": out}
@@ -85,20 +86,19 @@ def attend_backward(
         into: (B, T, (N + 2K)·H), which then holds all three side by side; None: each is a tensor for itself.
     """
     heads = Heads(q.shape[2], *k.shape[2:])
-    wanted = heads.split(into) if into is not None else tuple(x.new_empty(x.shape) for x in (q, k, v))
+    dq, dk, dv = heads.split(into) if into is not None else (x.new_empty(x.shape) for x in (q, k, v))
     call = _calls().get(("attend_backward", q.dtype)) if q.device.type == "cpu" else None
     if call is None:
         some = causal_cuda if causal_cuda.suits(q, starts) else causal_plain
-        found = some.attend_backward(grad, q, k, v, out, lse, cos, sin, starts)
-        if into is None:
-            return found
-        for to, gradient in zip(wanted, found, strict=True):
-            to.copy_(gradient)
+        turned = turn(q, cos, sin), turn(k, cos, sin)
+        of_queries, of_keys, of_values = some.attend_backward(grad, *turned, v, out, lse, starts)
+        dq.copy_(turn_back(of_queries, cos, sin))
+        dk.copy_(turn_back(of_keys, cos, sin))
+        dv.copy_(of_values)
     else:
         given = {"q": q, "k": k, "v": v, "out": out, "grad": grad}
         given = {name: _rows(x, q.dtype) for name, x in given.items()}
-        _run(call, given | dict(zip(("dq", "dk", "dv"), wanted, strict=True)), lse, cos, sin, starts)
-    dq, dk, dv = wanted
+        _run(call, given | {"dq": dq, "dk": dk, "dv": dv}, lse, cos, sin, starts)
     return dq, dk, dv
 
 

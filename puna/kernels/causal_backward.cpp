@@ -26,32 +26,48 @@ template <class M> class Backward {
     const long chunk;  // queries, and keys, that are read together
 
 public:
-    // Fewer where there are few heads, so that all threads have some.
+    // Fewer where there is little, so that all threads have some.
     Backward(const Call& call, const Sight& sight)
-        : call(call), size(call), sight(sight), chunk(call.B * call.K < 8 ? 128 : 256) {}
+        : call(call), size(call), sight(sight),
+          chunk(call.B * call.K < 8 && call.B * call.K * call.T < 1 << 14 ? 128 : 256) {}
 
+    // By heads, where threads wait for each other a fifth of the time at most, since what is read then stays in
+    // the cache. Either way every sum has its terms in the same order.
     void run(int threads) const {
-        if (size.T <= chunk)
-            for_each(int(call.B * call.K), threads, [&](int item) { whole(item); });
+        const long heads = call.B * call.K, rounds = (heads + threads - 1) / threads;
+        if (heads * 5 >= rounds * threads * 4 || size.T <= chunk)
+            for_each(int(heads), threads, [&](int head) { by_head(head); });
         else
             in_chunks(threads);
     }
 
 private:
-    // A key/value head whose queries and keys are one chunk each.
-    void whole(long item) const {
+    // A key/value head by itself: its queries chunk by chunk, each with the chunks of keys that it sees, the
+    // nearest first, as in_chunks does it.
+    void by_head(long item) const {
         thread_local Buffer<float> memory;
-        const long all = chunk * size.P, b = item / call.K, key_head = item % call.K;
-        float *dq = memory.of(3 * all), *dk = dq + all, *dv = dk + all;
-        std::fill(dk, dv + all, 0.0f);
-        Piece piece(*this, b, key_head, 0, 0);
-        for (long g = 0; g < size.G; ++g) {
-            std::fill(dq, dk, 0.0f);
-            piece.add(g, dq, dk, dv);
-            piece.write(call.dq, key_head * size.G + g, dq, 0, size.T);
+        const long chunks = (size.T + chunk - 1) / chunk, part = chunk * size.P;
+        const long b = item / call.K, key_head = item % call.K;
+        float* const dq = memory.of((1 + 2 * chunks) * part);
+        float *const dk = dq + part, *const dv = dk + chunks * part;
+        Piece piece(*this, b, key_head);
+        for (long i = 0, written = 0; i < chunks; ++i) {
+            std::fill(dk + i * part, dk + (i + 1) * part, 0.0f);
+            std::fill(dv + i * part, dv + (i + 1) * part, 0.0f);
+            for (long g = 0; g < size.G; ++g) {
+                std::fill(dq, dq + part, 0.0f);
+                piece.read_queries(g, i * chunk);
+                for (long j = i; j >= 0 && sees(b, i, j); --j) {
+                    piece.read_keys(j * chunk, i * chunk);
+                    piece.add(dq, dk + j * part, dv + j * part);
+                }
+                piece.write(call.dq, key_head * size.G + g, dq, i * chunk);
+            }
+            for (; written <= i && (i + 1 == chunks || !sees(b, i + 1, written)); ++written) {
+                piece.write(call.dk, key_head, dk + written * part, written * chunk);
+                piece.write(call.dv, key_head, dv + written * part, written * chunk);
+            }
         }
-        piece.write(call.dk, key_head, dk, 0, size.T);
-        piece.write(call.dv, key_head, dv, 0, size.T);
     }
 
     // Chunks of queries with chunks of keys that lie the same distance back, all at once: no two of them add
@@ -77,20 +93,22 @@ private:
                 for_each(int(some * (chunks - back)), threads, [&](int at) {
                     const long head = first + at % some, i = at / some + back, j = i - back;
                     if (!sees(head / call.K, i, j)) return;
-                    Piece piece(*this, head / call.K, head % call.K, i * chunk, j * chunk);
-                    for (long g = 0; g < size.G; ++g)
-                        piece.add(g, sums_of(at % some, g, i), sums_of(at % some, size.G, j),
+                    Piece piece(*this, head / call.K, head % call.K);
+                    piece.read_keys(j * chunk, i * chunk);
+                    for (long g = 0; g < size.G; ++g) {
+                        piece.read_queries(g, i * chunk);
+                        piece.add(sums_of(at % some, g, i), sums_of(at % some, size.G, j),
                                   sums_of(at % some, size.G + 1, j));
+                    }
                 });
             }
             for_each(int(some * chunks), threads, [&](int at) {
                 const long head = first + at % some, i = at / some, b = head / call.K, key_head = head % call.K;
-                const long begin = i * chunk, end = std::min(begin + chunk, size.T);
-                const Piece piece(*this, b, key_head, begin, begin);
+                const Piece piece(*this, b, key_head);
                 for (long g = 0; g < size.G; ++g)
-                    piece.write(call.dq, key_head * size.G + g, sums_of(at % some, g, i), begin, end);
-                piece.write(call.dk, key_head, sums_of(at % some, size.G, i), begin, end);
-                piece.write(call.dv, key_head, sums_of(at % some, size.G + 1, i), begin, end);
+                    piece.write(call.dq, key_head * size.G + g, sums_of(at % some, g, i), i * chunk);
+                piece.write(call.dk, key_head, sums_of(at % some, size.G, i), i * chunk);
+                piece.write(call.dv, key_head, sums_of(at % some, size.G + 1, i), i * chunk);
             });
         }
     }
@@ -110,16 +128,16 @@ private:
     struct Piece {
         const Call& call;
         const Sizes<M>& size;
-        const long b, key_head, first, first_key, end, end_key, chunk;
+        const long b, key_head, chunk;
         const int32_t *starts, *ends;
+        long first = -1, end = -1, first_key = -1, end_key = -1;
         M *rows, *keys, *values, *weights, *gradients;
         Place<M> *key_pairs, *query_panels, *grad_panels, *query_pairs, *grad_pairs, *gradient_pairs;
         float *scores, *slopes, *logs, *means;
 
-        Piece(const Backward& all, long b, long key_head, long first, long first_key)
-            : call(all.call), size(all.size), b(b), key_head(key_head), first(first), first_key(first_key),
-              end(std::min(first + all.chunk, size.T)), end_key(std::min(first_key + all.chunk, size.T)),
-              chunk(all.chunk), starts(all.sight.starts(b)), ends(all.sight.ends(b)) {
+        Piece(const Backward& all, long b, long key_head)
+            : call(all.call), size(all.size), b(b), key_head(key_head), chunk(all.chunk),
+              starts(all.sight.starts(b)), ends(all.sight.ends(b)) {
             thread_local Buffer<float> memory;
             const long many = chunk * size.P;
             const long squares = 3 * BLOCK * BLOCK + 2 * GROUP * BLOCK, gaps = 256;
@@ -141,27 +159,13 @@ private:
             means = room.take<float>(chunk);
         }
 
-        // Adds what the queries of a head and the keys give each other.
-        void add(long g, float* dq, float* dk, float* dv) {
-            if (g == 0) read_keys();
-            read_queries(key_head * size.G + g);
-            for (long k = first_key; k < end_key; k += BLOCK)
-                for (long q = std::max(first, k); q < end && starts[q] < k + BLOCK; q += BLOCK)
-                    attend(q, k, dq, dk, dv);
-        }
-
-        void write(const Heads& to, long which, const float* sums, long begin, long stop) const {
-            const bool values = &to == &call.dv;
-            const auto head = head_of<M>(call, to, b, which, !values);
-            for (long t = begin; t < stop; ++t)
-                head.write_row(t, sums + (t - begin) * size.P, values ? 1.0f : size.scale);
-        }
-
-    private:
-        void read_keys() {
+        // Of the chunk that begins at `from`, those that some query from `query` on sees.
+        void read_keys(long from, long query) {
+            if (first_key == from) return;  // again the queries' own chunk, read whole for another query head
+            first_key = from, end_key = std::min(from + chunk, size.T);
             const auto key = head_of<M>(call, call.k, b, key_head, true);
             const auto value = head_of<M>(call, call.v, b, key_head, false);
-            for (long k = first_key; k < end_key; k += SIDE) {
+            for (long k = std::max(first_key, floored(starts[query], SIDE)); k < end_key; k += SIDE) {
                 const long at = (k - first_key) * size.P;
                 key.read_rows(k, keys + at);
                 into_pairs<M>(keys + at, size.P, key_pairs + at / I<M>);
@@ -169,7 +173,9 @@ private:
             }
         }
 
-        void read_queries(long which) {
+        void read_queries(long g, long from) {
+            first = from, end = std::min(from + chunk, size.T);
+            const long which = key_head * size.G + g;
             const auto query = head_of<M>(call, call.q, b, which, true);
             const auto out = head_of<M>(call, call.out, b, which, false);
             const auto grad = head_of<M>(call, call.grad, b, which, false);
@@ -191,6 +197,22 @@ private:
             }
         }
 
+        // Adds what the queries and the keys give each other.
+        void add(float* dq, float* dk, float* dv) {
+            for (long k = first_key; k < end_key; k += BLOCK)
+                for (long q = std::max(first, k); q < end && starts[q] < k + BLOCK; q += BLOCK)
+                    attend(q, k, dq, dk, dv);
+        }
+
+        void write(const Heads& to, long which, const float* sums, long begin) const {
+            const bool values = &to == &call.dv;
+            const auto head = head_of<M>(call, to, b, which, !values);
+            for (long t = begin; t < std::min(begin + chunk, size.T); ++t)
+                head.write_row(t, sums + (t - begin) * size.P, values ? 1.0f : size.scale);
+            settle();
+        }
+
+    private:
         float product(const M* a, const M* b) const {
             Vec<float> sum = {};
             long h = 0;

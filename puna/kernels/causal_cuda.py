@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from puna.kernels.causal_plain import turn, turn_back
-
 WIDEST = 256
 """Of a head that flash attention knows."""
 
@@ -43,11 +41,8 @@ def suits(q: Tensor, starts: Tensor | None) -> bool:
     return starts is None or _lengths(starts, q.shape[0]) is not None
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, starts: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """As `puna.kernels.causal.attend`."""
-    q, k = turn(q, cos, sin), turn(k, cos, sin)
+def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `puna.kernels.causal_plain.attend`."""
     if starts is None:
         turned = (x.transpose(1, 2) for x in (q, k, v))  # (B, N, T, H)
         found = torch.ops.aten._scaled_dot_product_flash_attention(*turned, 0.0, True)
@@ -60,18 +55,9 @@ def attend(
 
 
 def attend_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    starts: Tensor | None,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `puna.kernels.causal.attend_backward`."""
-    q, k = turn(q, cos, sin), turn(k, cos, sin)
+    """As `puna.kernels.causal_plain.attend_backward`."""
     none = torch.empty(0, dtype=torch.int64)  # the state of a generator: nothing is dropped
     if starts is None:
         turned = (x.transpose(1, 2) for x in (grad, q, k, v, out))
@@ -87,7 +73,7 @@ def attend_backward(
             *flat, sums, *_described(starts, q), none, none, **_window(starts, q)
         )
         dq, dk, dv = (x.unflatten(0, q.shape[:2]) for x in found)
-    return turn_back(dq, cos, sin).to(q.dtype), turn_back(dk, cos, sin).to(k.dtype), dv
+    return dq, dk, dv
 
 
 def _described(starts: Tensor, q: Tensor) -> tuple[Any, ...]:

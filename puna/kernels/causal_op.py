@@ -30,8 +30,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> Tensor:
         v: (B, T, K, H).
         starts: (B or 1, T), int32, or None.
     """
-    out: Tensor = torch.ops.puna.attend(q, k, v, starts)[0]
-    return out
+    return attend(q, k, v, starts)[0]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same, and the logarithms of the sums (B, N, T), which `attend_backward` asks for."""
+    found: tuple[Tensor, Tensor] = torch.ops.puna.attend(q, k, v, starts)
+    return found
+
+
+def attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from that of `out` (B, T, N, H)."""
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.puna.attend_backward(grad, q, k, v, out, lse, starts)
+    return found
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -68,7 +81,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | Non
     q, k, v, starts, out, lse = ctx.saved_tensors
     if grad is None:
         return None, None, None, None
-    return *torch.ops.puna.attend_backward(grad, q, k, v, out, lse, starts), None
+    return *attend_backward(grad, q, k, v, out, lse, starts), None
 
 
 _LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")

@@ -1,5 +1,6 @@
 """Causal attention and its gradients in plain torch: blocks of queries, on any device, in any number type.
 
+Queries and keys come turned here, and gradients leave so; `turn` and `turn_back` do that.
 Computed in float32 at least. A block of queries is scored against the keys that any of them sees, and is as
 large as `SCORES` numbers allow, so that what is held grows with T and not with T².
 
@@ -21,16 +22,13 @@ SMALLEST, LARGEST = 16, 256
 """Queries of a block."""
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, starts: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """As `puna.kernels.causal.attend`."""
+def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `puna.kernels.causal.attend`, of q and k that are turned."""
     wide, K = torch.promote_types(q.dtype, torch.float32), k.shape[2]
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[0], *q.shape[2:0:-1], dtype=wide)
-    turned, keys = turn(q, cos, sin), turn(k, cos, sin).to(wide)
-    values = v.to(wide)
+    keys, values = k.to(wide), v.to(wide)
     for block, seen, hidden in _blocks(q, starts):
-        queries = turned[:, block].to(wide).unflatten(2, (K, -1))  # (B, t, K, G, H)
+        queries = q[:, block].to(wide).unflatten(2, (K, -1))  # (B, t, K, G, H)
         scores = _scores(queries, keys[:, seen], hidden)  # (B, K, G, t, S)
         sums = scores.logsumexp(dim=-1, keepdim=True)
         weights = (scores - sums).exp_()
@@ -42,22 +40,14 @@ def attend(
 
 
 def attend_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    starts: Tensor | None,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `puna.kernels.causal.attend_backward`."""
+    """Gradients of q and k as they came here, turned, and of v; in the type in which they were summed."""
     wide, K, scale = lse.dtype, k.shape[2], 1 / math.sqrt(q.shape[-1])
-    turned, keys, values = turn(q, cos, sin), turn(k, cos, sin).to(wide), v.to(wide)
+    keys, values = k.to(wide), v.to(wide)
     dq, dk, dv = torch.empty_like(q, dtype=wide), torch.zeros_like(keys), torch.zeros_like(values)
     for block, seen, hidden in _blocks(q, starts):
-        queries, grads, outs = (x[:, block].to(wide).unflatten(2, (K, -1)) for x in (turned, grad, out))
+        queries, grads, outs = (x[:, block].to(wide).unflatten(2, (K, -1)) for x in (q, grad, out))
         sums = lse[:, :, block].unflatten(1, (K, -1))[..., None]  # (B, K, G, t, 1)
         weights = (_scores(queries, keys[:, seen], hidden) - sums).exp_()  # (B, K, G, t, S)
         # The softmax passes on what differs from its mean: Σ weight · slope, which is grad · out.
@@ -67,7 +57,7 @@ def attend_backward(
         dq[:, block] = torch.einsum("bkgts,bskh->btkgh", slopes, keys[:, seen]).flatten(2, 3)
         dk[:, seen] += torch.einsum("bkgts,btkgh->bskh", slopes, queries)
         dv[:, seen] += torch.einsum("bkgts,btkgh->bskh", weights, grads)
-    return turn_back(dq, cos, sin).to(q.dtype), turn_back(dk, cos, sin).to(k.dtype), dv.to(v.dtype)
+    return dq, dk, dv
 
 
 def turn(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:

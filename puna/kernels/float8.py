@@ -14,10 +14,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-MULTIPLE = 16  # of R, I and O: what the products take
+MULTIPLE = 16  # of I and O: what the products take; R is made one
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 SMALLEST = 1e-12  # of a line's largest number: a line of zeros has a scale too
+Rounded = tuple[Tensor, Tensor]  # numbers and their scales
 
 
 def multiplies_float8(device: torch.device) -> bool:
@@ -52,19 +54,26 @@ def weight_gradient(
 
     It is added to `out` where that is given, in place.
     """
+    if odd := -len(x) % MULTIPLE:  # rows of zeros add nothing
+        grad, x = (F.pad(each, (0, 0, 0, odd)) for each in (grad, x))
     found = _product(grad.t(), x.t())
     return found.to(dtype) if out is None else out.add_(found)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """left (M, S) times right (N, S), summed over S: (M, N) in bfloat16."""
-    (a, a_scale), (b, b_scale) = rounded(left), rounded(right)
+    return multiplied(rounded(left), rounded(right))
+
+
+def multiplied(left: Rounded, right: Rounded) -> Tensor:
+    """The product of what `rounded` gave: of (M, S) and (N, S), summed over S: (M, N) in bfloat16."""
+    (a, a_scale), (b, b_scale) = left, right
     return torch._scaled_mm(
         a, b.t(), scale_a=a_scale, scale_b=b_scale.t(), out_dtype=torch.bfloat16
     )  # torch.nn.functional.scaled_mm is younger than torch 2.11
 
 
-def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+def rounded(x: Tensor) -> Rounded:
     """x (M, S) in e4m3, and the scales (M, 1) in float32 that bring it back."""
     wide = x.float()
     scale = wide.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST) / LARGEST

@@ -28,10 +28,12 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     call = _calls().get(grad.dtype) if grad.device.type == "cpu" and grad.dtype == gate_up.dtype else None
     if call is None:
         return plain_swiglu_backward(grad, gate_up)
+    R, F = grad.shape
+    assert gate_up.shape == (R, 2 * F)  # else C++ would read beyond what there is
     grad, gate_up = grad.contiguous(), gate_up.contiguous()
     grad_gate_up, h = torch.empty_like(gate_up), torch.empty_like(grad)
     places = [each.data_ptr() for each in (grad, gate_up, grad_gate_up, h)]
-    call(*places, *grad.shape, torch.get_num_threads())
+    call(*places, R, F, torch.get_num_threads())
     return grad_gate_up, h
 
 

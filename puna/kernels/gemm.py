@@ -156,6 +156,7 @@ def _multiply(
     N = out.shape[1]
     # Else C++ would read or write beyond what there is.
     assert out.shape[0] == M and (height, *widths) == ((K, N) if parts_upright else (N, K))
+    assert bias is None or len(bias) == N
     listed = (_Part * len(parts))(
         *[_Part(part.data_ptr(), len(part), part.stride(0), WEIGHTS[part.dtype]) for part in parts]
     )

@@ -8,8 +8,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 #include <vector>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #include "threads.hpp"
 #include "tiles.hpp"
@@ -36,13 +41,40 @@ extern "C" struct Call {
 
 // --- Rows of a head
 
+// Rounded and written to memory past the caches: what is overwritten whole is then not read first.
+template <class M> inline void store_past(M* to, Vec<float> x) {
+#if defined(__AVX512BF16__)
+    if (reinterpret_cast<uintptr_t>(to) % (L * sizeof(M)) == 0) {
+        if constexpr (std::is_same_v<M, float>) _mm512_stream_ps(to, (__m512)x);
+        else _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits_as<__m256i>(_mm512_cvtneps_pbh((__m512)x)));
+        return;
+    }
+#endif
+    store_narrow(to, x);
+}
+
+// Before others are told that it is there.
+inline void settle() {
+#if defined(__AVX512BF16__)
+    _mm_sfence();
+#endif
+}
+
 template <class M> struct Head {  // one head of one row of the batch
     M* at;
     long token;
     const float *cos, *sin;  // of the row, or null: nothing is turned
     long T, H, P;
+    bool past;  // written past the caches
 
     M* row(long t) const { return at + t * token; }
+
+    // A row asked of memory ahead of time: rows lie far apart, which no processor foresees.
+    void ask(long t) const {
+        constexpr long LINE = 64 / long(sizeof(M));
+        if (t < T)
+            for (long h = 0; h < H; h += LINE) __builtin_prefetch(row(t) + h);
+    }
 
     // Rows first … first + SIDE, turned, to (SIDE, P), with zeros beyond H and beyond T.
     void read_rows(long first, M* to) const {
@@ -51,42 +83,54 @@ template <class M> struct Head {  // one head of one row of the batch
                 std::fill(to, to + P, M{});
                 continue;
             }
-            if (cos) turn(row(t), cos + t * H, sin + t * H, to);
+            ask(t + SIDE);
+            if (cos) turn(t, to);
             else std::copy(row(t), row(t) + H, to);
-            std::fill(to + H, to + P, M{});
+            for (long h = H; h < P; ++h) to[h] = M{};
         }
     }
 
     // A row of gradients of what was turned, times a factor: turned back.
     void write_row(long t, const float* from, float factor) const {
-        M* const to = row(t);
-        if (cos) {
-            const float *c = cos + t * H, *s = sin + t * H;
-            const long half = H / 2;
-            for_vectors(half, [&](long at, auto get, auto put) {
-                const auto a = get(from + at), b = get(from + half + at);
-                put(to + at, (a * get(c + at) + b * get(s + half + at)) * factor);
-                put(to + half + at, (b * get(c + half + at) + a * get(s + at)) * factor);
-            });
-        } else {
-            for_vectors(H, [&](long at, auto get, auto put) { put(to + at, get(from + at) * factor); });
-        }
+        if (past) write<true>(t, from, factor);
+        else write<false>(t, from, factor);
     }
 
 private:
-    void turn(const M* from, const float* c, const float* s, M* to) const {
+    // Angles are those of the first half, and sines are read where they are not negative.
+    void turn(long t, M* to) const {
         const long half = H / 2;
-        for_vectors(half, [&](long at, auto get, auto put) {
-            const auto a = get(from + at), b = get(from + half + at);
-            put(to + at, a * get(c + at) + b * get(s + at));
-            put(to + half + at, b * get(c + half + at) + a * get(s + half + at));
+        const M* const from = row(t);
+        const float *c = cos + t * H, *s = sin + t * H + half;
+        for_vectors<false>(half, [&](long at, auto get, auto put) {
+            const auto a = get(from + at), b = get(from + half + at), x = get(c + at), y = get(s + at);
+            put(to + at, a * x - b * y);
+            put(to + half + at, b * x + a * y);
         });
     }
 
+    template <bool PAST> void write(long t, const float* from, float factor) const {
+        M* const to = row(t);
+        if (cos) {
+            const long half = H / 2;
+            const float *c = cos + t * H, *s = sin + t * H + half;
+            for_vectors<PAST>(half, [&](long at, auto get, auto put) {
+                const auto a = get(from + at), b = get(from + half + at), x = get(c + at), y = get(s + at);
+                put(to + at, (a * x + b * y) * factor);
+                put(to + half + at, (b * x - a * y) * factor);
+            });
+        } else {
+            for_vectors<PAST>(H, [&](long at, auto get, auto put) { put(to + at, get(from + at) * factor); });
+        }
+    }
+
     // `count` numbers by whole vectors, the last of which may begin within the one before; fewer one by one.
-    template <class Work> static void for_vectors(long count, const Work& work) {
+    template <bool PAST, class Work> static void for_vectors(long count, const Work& work) {
         const auto get = [](const auto* from) { return load<float>(from); };
-        const auto put = [](M* to, Vec<float> x) { store_narrow(to, x); };
+        const auto put = [](M* to, Vec<float> x) {
+            if constexpr (PAST) store_past(to, x);
+            else store_narrow(to, x);
+        };
         const auto get_one = [](const auto* from) { return widen(*from); };
         const auto put_one = [](M* to, float x) { *to = narrow<M>(x); };
         if (count < L)
@@ -139,12 +183,20 @@ template <class M> struct Sizes {
           steps((H + I<M> - 1) / I<M>), scale(1 / std::sqrt(float(H))), power(scale * 1.44269504f) {}
 };
 
+// Whether results are so many that they leave the caches before anybody reads them, and halves of their rows are
+// whole vectors: of lines that are written in parts the rest would be read.
+inline bool writes_past(const Call& call) {
+    constexpr long MANY = 1 << 20;
+    return call.B * call.T * call.N * call.H >= MANY && call.H % (2 * L) == 0;
+}
+
 template <class M> Head<M> head_of(const Call& call, const Heads& heads, long b, long which, bool turned) {
     const long angles = b * call.angle_row;
     const bool turns = turned && call.cos;
     const long P = Sizes<M>(call).P;
     return {static_cast<M*>(heads.at) + b * heads.row + which * heads.head, heads.token,
-            turns ? call.cos + angles : nullptr, turns ? call.sin + angles : nullptr, call.T, call.H, P};
+            turns ? call.cos + angles : nullptr, turns ? call.sin + angles : nullptr, call.T, call.H, P,
+            writes_past(call)};
 }
 
 // A stretch of memory given out piece by piece.

@@ -35,15 +35,17 @@ def chunk_loss(logits: Tensor, targets: Tensor, mask: Tensor, z: float = 0.0) ->
     """
     call = _calls().get(logits.dtype) if logits.device.type == "cpu" and logits.is_contiguous() else None
     if call is None:
+        if logits.device.type == "cpu" and not _within(targets, mask, logits.shape[1]):
+            raise _foreign(targets, mask, logits.shape[1])
         return plain_chunk_loss(logits, targets, mask, z)
+    # Else C++ would read beyond what there is.
+    assert targets.shape == mask.shape == logits.shape[:1]
+    assert (targets.dtype, mask.dtype) == (torch.int64, torch.bool)
     targets, mask = targets.contiguous(), mask.contiguous()
     sums = torch.empty(2, len(logits), dtype=torch.float32)
     places = [each.data_ptr() for each in (logits, targets, mask, *sums)]
     if not call(*places, *logits.shape, z, torch.get_num_threads()):
-        raise DataError(
-            f"expected targets from 0 to {logits.shape[1] - 1}, got {targets[mask].min()} to "
-            f"{targets[mask].max()}: the text was made with another tokenizer than the model's"
-        )
+        raise _foreign(targets, mask, logits.shape[1])
     loss, penalty = sums.sum(dim=1)
     return loss, penalty
 
@@ -62,6 +64,18 @@ def plain_chunk_loss(logits: Tensor, targets: Tensor, mask: Tensor, z: float = 0
     gradient.scatter_(1, place, gradient.gather(1, place) - 1).masked_fill_(ignored, 0)
     logits.copy_(gradient)
     return losses.masked_fill(ignored, 0).sum(), penalties.masked_fill(ignored, 0).sum()
+
+
+def _within(targets: Tensor, mask: Tensor, vocabulary: int) -> bool:
+    return bool((~mask | ((targets >= 0) & (targets < vocabulary))).all())
+
+
+def _foreign(targets: Tensor, mask: Tensor, vocabulary: int) -> DataError:
+    wanted = targets[mask]
+    return DataError(
+        f"expected targets from 0 to {vocabulary - 1}, got {wanted.min()} to {wanted.max()}: the text was "
+        "made with another tokenizer than the model's"
+    )
 
 
 @cache

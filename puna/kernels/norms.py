@@ -56,7 +56,7 @@ def add_rms_norm(
     x: Tensor, delta: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x + delta (R, D), in x's type, and what `rms_norm` gives of it."""
-    call = _call("norm", x, dtype, weight)
+    call = _call("norm", x, dtype, weight, delta)
     if call is None or delta.dtype != dtype:
         return plain_add_rms_norm(x, delta, weight, eps, dtype)
     x, delta = x.contiguous(), delta.contiguous()
@@ -92,9 +92,10 @@ def rms_norm_backward(
         x's gradient (R, D), the same rounded to grad_y's type (one tensor where that is x's too), y (R, D)
         with the bits that it had, or None, and the weight's gradient (D,).
     """
-    call = _call("norm_backward", x, grad_y.dtype, weight, rstd)
+    call = _call("norm_backward", x, grad_y.dtype, weight, grad_y, grad_total)
     if call is None or (grad_total is not None and grad_total.dtype != x.dtype):
         return plain_rms_norm_backward(grad_y, x, rstd, weight, grad_total, again=again)
+    assert rstd.shape == x.shape[:1] and rstd.dtype == torch.float32
     grad_y, x, rstd = grad_y.contiguous(), x.contiguous(), rstd.contiguous()
     past = None if grad_total is None else grad_total.contiguous()
     grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
@@ -123,11 +124,13 @@ def plain_rms_norm_backward(
 
 
 def _call(
-    name: str, x: Tensor, dtype: torch.dtype, weight: Tensor, *others: Tensor
+    name: str, x: Tensor, dtype: torch.dtype, weight: Tensor, *others: Tensor | None
 ) -> Callable[..., None] | None:
-    """The compiled function; None where there is none."""
+    """The compiled function; None where there is none. The others are to be of x's shape."""
     if x.device.type != "cpu" or weight.dtype != x.dtype or not weight.is_contiguous():
         return None
+    # Else C++ would read or write beyond what there is.
+    assert weight.shape == x.shape[1:] and all(each is None or each.shape == x.shape for each in others)
     return _calls().get((name, x.dtype, dtype))
 
 

@@ -104,30 +104,36 @@ def prepare_layers(
         say: takes that line.
         float8: whether products within the layers are of 8 bits.
     """
+    plain = _tried(_replaced(model, policy, None, float8), trial)
+    if not _compiles(policy, mode, device, say):
+        return Layers(plain, policy, False)
+    plain.revert()
+    try:
+        return Layers(_tried(_replaced(model, policy, _compile, float8), trial), policy, True)
+    except Exception as error:
+        fault = _first_line(error)
+    # Not before the error is gone, and with it what its frames held of the device's memory. A fault of the
+    # model or of memory shows here again, and is told as what it is.
+    _tried(plain, trial)
+    say(f"Running without torch.compile, somewhat slower: it failed with {fault}")
+    return Layers(plain, policy, False)
 
-    def replace(compiler: Compiler | None) -> Replaced:
-        if policy != "none":
-            return Replaced(written_out(model, policy, compiler or _as_it_is, float8=float8))
-        return Replaced(
-            [(block, compiler(block.forward)) for block in model.model.layers] if compiler else []
-        )
 
-    replaced, compiled = replace(None), False
+def _replaced(model: Llama, policy: Policy, compiler: Compiler | None, float8: bool) -> Replaced:
+    if policy != "none":
+        return Replaced(written_out(model, policy, compiler or _as_it_is, float8=float8))
+    return Replaced([(block, compiler(block.forward)) for block in model.model.layers] if compiler else [])
+
+
+def _tried(replaced: Replaced, trial: Callable[[], object]) -> Replaced:
+    """Applied, if the trial then passes; else the layers are as they were before."""
     replaced.apply()
-    trial()
-    if _compiles(policy, mode, device, say):
+    try:
+        trial()
+    except BaseException:
         replaced.revert()
-        replaced, compiled = replace(_compile), True
-        try:
-            replaced.apply()
-            trial()
-        except Exception as error:
-            replaced.revert()
-            replaced, compiled = replace(None), False
-            replaced.apply()
-            trial()  # a fault of the model or of memory shows here again, and is told as what it is
-            say(f"Running without torch.compile, somewhat slower: it failed with {_first_line(error)}")
-    return Layers(replaced, policy, compiled)
+        raise
+    return replaced
 
 
 def _compiles(policy: Policy, mode: Mode, device: torch.device, say: Say) -> bool:

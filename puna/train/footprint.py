@@ -27,7 +27,7 @@ from puna.devices import free_memory
 from puna.errors import ResourceError
 from puna.model.config import ModelConfig
 from puna.model.counts import parameters
-from puna.progress import quantity
+from puna.progress import counted, quantity
 from puna.train.loss import CHUNK_NUMBERS, SMALLEST_CHUNK
 from puna.train.policies import Policy
 
@@ -54,6 +54,12 @@ class Run:
     def tokens(self) -> int:
         """R."""
         return self.micro_rows * self.row_length
+
+    @property
+    def width_of_gradients(self) -> int:
+        """Bytes of each of their numbers: those of several micro-batches are added up in float32 at least."""
+        width = self.weights.itemsize
+        return width if self.micro_batches == 1 else max(width, torch.float32.itemsize)
 
 
 @dataclass(frozen=True)
@@ -95,16 +101,16 @@ class Footprint:
 def footprint(run: Run) -> Footprint:
     """The memory of a run; what compiling and libraries take comes on top."""
     counts, layers = parameters(run.config), run.config.num_hidden_layers
-    width = run.weights.itemsize
     twice = run.config.tie_word_embeddings and run.policy == "none"
-    gradients, words = counts.total * width, run.config.vocab_size * run.config.hidden_size * width
+    gradients = counts.total * run.width_of_gradients
+    words = run.config.vocab_size * run.config.hidden_size * run.width_of_gradients
     kept, least = (layers * run.tokens * each(run) for each in KEPT[run.policy])
     passing = run.tokens * _passing(run)
     casts = _casts(run) if run.policy == "none" else 0
     # autograd forms the gradients of a word's two uses one after the other, each whole; tied.py does not.
     # What an update frees stays with the process, in pieces that the next one cannot always use.
     return Footprint(
-        weights=counts.total * width,
+        weights=counts.total * run.weights.itemsize,
         gradients=gradients,
         optimizer=counts.total * run.state,
         kept=kept,
@@ -127,7 +133,7 @@ def check_fits(run: Run, device: torch.device) -> None:
     if needed.unavoidable <= free:
         return
     raise ResourceError(
-        f"training {run.micro_rows} rows of {run.row_length:,} tokens at once needs at least "
+        f"training {counted(run.micro_rows, 'row')} of {run.row_length:,} tokens at once needs at least "
         f"{quantity(needed.unavoidable)}B ({quantity(needed.weights + needed.optimizer)}B of weights and "
         f"optimizer, {quantity(max(needed.gradients, needed.least))}B of gradients or what layers keep), and "
         f"{quantity(free)}B are free on {device}; {_advice(run, device, free)}"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from puna.data.batches import Batch
 from puna.kernels import adamw
 from puna.parallel import World
+from puna.progress import counted
 from puna.train.memory import memory_errors
 from puna.train.objectives import Objective
 from puna.train.precision import Precision
@@ -72,7 +73,7 @@ def accumulate(
     for batch, seed in zip(batches, seeds, strict=True):
         torch.manual_seed(seed)
         rows, length = batch.tokens.shape
-        with memory_errors(f"training on {rows} rows of {length} tokens at once"):
+        with memory_errors(f"training on {counted(rows, 'row')} of {length} tokens at once"):
             with precision.autocast():
                 loss, count, others = objective(model, batch.to(precision.device))
             (loss * scale).backward()

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from puna.kernels import causal_op
 from puna.kernels.causal import Heads, attend, attend_backward
+from puna.kernels.causal_plain import turn, turn_back
 from puna.kernels.gates import swiglu, swiglu_backward
 from puna.kernels.norms import add_rms_norm, rms_norm, rms_norm_backward
 
@@ -43,7 +45,7 @@ class Parameters(NamedTuple):
 
 
 Gradients = tuple[Tensor | None, ...]
-"""Of each of the parameters; None of one that is frozen."""
+"""Of each of the parameters; those of frozen ones are None where that saves work."""
 
 
 class Angles(NamedTuple):
@@ -98,7 +100,7 @@ def up_to_gates(x: Tensor, angles: Angles, w: Parameters, form: Form) -> tuple[T
     y, input_scale = rms_norm(rows, w.input_norm, form.input_eps, compute)
     qkv = linear(y, (w.q, w.k, w.v), (w.q_bias, w.k_bias, w.v_bias), compute)  # (R, (N + 2K)·H)
     qkv = qkv.view(*x.shape[:2], -1)
-    attended, sums = attend(*form.heads.split(qkv), *angles)  # (B, T, N, H)
+    attended, sums = _attention(qkv, angles, form.heads)  # (B, T, N, H)
     projected = linear(attended.view(len(rows), -1), (w.o,), (w.o_bias,), compute)  # (R, D)
     middle, y, post_scale = add_rms_norm(rows, projected, w.post_norm, form.post_eps, compute)
     gate_up = linear(y, (w.gate, w.up), (w.gate_bias, w.up_bias), compute)  # (R, 2F)
@@ -122,9 +124,7 @@ def backward(grad: Tensor, kept: Kept, angles: Angles, w: Parameters, form: Form
 
     (o,), (o_bias,) = gradients(small, attended.view(len(rows), -1), (w.o,), (w.o_bias,))
     grad_attended = input_gradient(small, (w.o,)).view(attended.shape)  # (B, T, N, H)
-    joint = torch.empty_like(qkv)  # (B, T, (N + 2K)·H)
-    attend_backward(grad_attended, *form.heads.split(qkv), attended, sums, *angles, into=joint)
-    grad_qkv = joint.flatten(0, 1)
+    grad_qkv = _attention_backward(grad_attended, qkv, attended, sums, angles, form.heads).flatten(0, 1)
     grad_y = input_gradient(grad_qkv, (w.q, w.k, w.v))
     grad, _, y, input_norm = rms_norm_backward(grad_y, rows, input_scale, w.input_norm, grad, again=True)
     (q, k, v), (q_bias, k_bias, v_bias) = gradients(
@@ -134,6 +134,36 @@ def backward(grad: Tensor, kept: Kept, angles: Angles, w: Parameters, form: Form
         input_norm, q, k, v, o, post_norm, gate, up, down,
         q_bias, k_bias, v_bias, o_bias, gate_bias, up_bias, down_bias,
     )  # fmt: skip
+
+
+def _attention(qkv: Tensor, angles: Angles, heads: Heads) -> tuple[Tensor, Tensor]:
+    """What queries attend to (B, T, N, H), and log Σ exp of their scores (B, N, T)."""
+    q, k, v = heads.split(qkv)
+    if not torch.compiler.is_compiling():
+        return attend(q, k, v, *angles)
+    # An operator that the compiler takes whole: where documents begin is read while it runs, and traced, such
+    # reading would take the graph apart.
+    found: tuple[Tensor, Tensor] = causal_op.attend(*_turned(q, k, angles), v, angles.starts)
+    return found
+
+
+def _attention_backward(
+    grad: Tensor, qkv: Tensor, attended: Tensor, sums: Tensor, angles: Angles, heads: Heads
+) -> Tensor:
+    """The gradient of qkv (B, T, (N + 2K)·H), from that of `attended` (B, T, N, H)."""
+    q, k, v = heads.split(qkv)
+    if not torch.compiler.is_compiling():
+        joint = torch.empty_like(qkv)
+        attend_backward(grad, q, k, v, attended, sums, *angles, into=joint)
+        return joint
+    cos, sin, starts = angles
+    dq, dk, dv = causal_op.attend_backward(grad, *_turned(q, k, angles), v, attended, sums, starts)
+    dq, dk = (turn_back(each, cos, sin).to(qkv.dtype) for each in (dq, dk))
+    return torch.cat((dq, dk, dv), dim=2).flatten(2)
+
+
+def _turned(q: Tensor, k: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
+    return turn(q, angles.cos, angles.sin), turn(k, angles.cos, angles.sin)
 
 
 def _gradients(
@@ -174,16 +204,23 @@ class Memory(NamedTuple):
 
 def run(plan: Plan, x: Tensor, angles: Angles, parameters: Parameters) -> Tensor:
     """The layer's output (B, T, D), differentiable once by the backward pass above."""
+    if not torch.is_grad_enabled():  # nothing is to be kept, much less to be copied
+        return _forward(plan, x, angles, parameters)[0]
     out: Tensor = _Layer.apply(plan, x, *angles, *parameters)
     return out
+
+
+def _forward(plan: Plan, x: Tensor, angles: Angles, parameters: Parameters) -> tuple[Tensor, Kept]:
+    with torch.autocast(x.device.type, enabled=False):  # types are chosen here, as in the backward pass
+        # Detached: the compiler would make a graph for what requires a gradient, and one for what does not.
+        return plan.forward(x.detach(), angles, parameters, plan.form)
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, x: Tensor, cos: Tensor, sin: Tensor, starts: Any, *tensors: Any) -> Any:
         angles, parameters = Angles(cos, sin, starts), Parameters(*tensors)
-        with torch.autocast(x.device.type, enabled=False):  # types are chosen here, as in the backward pass
-            out, kept = plan.forward(x, angles, parameters, plan.form)
+        out, kept = _forward(plan, x, angles, parameters)
         ctx.plan = plan
         ctx.save_for_backward(*angles, *parameters, *plan.memory.store(kept))
         return out

@@ -150,7 +150,7 @@ class _ModuleLoss(torch.autograd.Function):
         ctx: Any, head: nn.Module, hidden: Tensor, targets: Tensor, mask: Tensor, z: float, *parameters: Any
     ) -> tuple[Tensor, Tensor]:
         gradient = torch.empty_like(hidden)  # (R, D)
-        totals = [torch.zeros_like(parameter) for parameter in parameters]
+        totals = [torch.zeros_like(parameter, dtype=_sum_type(parameter)) for parameter in parameters]
         sums = []
         for some, place in _chunks(_Rows(hidden.detach(), targets, mask), _rows_for(head)):
             some.hidden.requires_grad_()

@@ -57,7 +57,9 @@ def _from_input(held: Sequence[Tensor], again: Callable[[Tensor], Kept]) -> Kept
 
 
 def _in_main_memory(kept: Kept) -> Sequence[Tensor]:
-    """Copies in main memory; they are made while the device goes on, which alone reads the originals."""
+    """Copies in main memory. The device makes them in the order of its work, and nobody waits: it is also the
+    device that writes over the originals, and that reads the copies, both only after that.
+    """
     copies = [torch.empty_like(x, device="cpu", pin_memory=x.is_cuda) for x in kept]
     for copy, x in zip(copies, kept, strict=True):
         copy.copy_(x, non_blocking=True)
@@ -110,7 +112,7 @@ def choose_policy(settings: MemorySettings, model: Llama, at: Circumstances) -> 
         SettingsError: the policy does not suit the model, the device, compiling, or products of 8 bits.
     """
     policy, fault = settings.policy, _unsuited(model)
-    if at.float8 and (unfit := _unfit_for_float8(model, at.device)):
+    if at.float8 and (unfit := _unfit_for_float8(model, at.device) or fault):
         raise SettingsError(f"precision.float8 = true: {unfit}; leave it out")
     if policy == "auto" and not at.float8:
         wanted = at.compiled_here and not fault and not at.compiling and _has_kernels(at.compute)
@@ -120,7 +122,7 @@ def choose_policy(settings: MemorySettings, model: Llama, at: Circumstances) -> 
     if policy == "none":
         return "none"
     if fault:
-        raise SettingsError(f'memory.policy = "{policy}": {fault}')
+        raise SettingsError(f'memory.policy = "{policy}": {fault}; use "none"')
     if policy == "offload" and at.device.type != "cuda":
         raise SettingsError(
             f'memory.policy = "offload" moves what is kept to main memory, where {at.device.type} has it '
@@ -158,16 +160,16 @@ def _unsuited(model: Llama) -> str:
     """Why the layers cannot run the passes written out; "" if they can."""
     for block in model.model.layers:
         if not isinstance(block, Block):
-            return f'expected layers as model/llama.py has them, got {type(block).__name__}; use "none"'
+            return f"expected layers as model/llama.py has them, got {type(block).__name__}"
         attention, mlp = block.self_attn, block.mlp
         if block.dropout or attention.dropout:
-            return 'the layer\'s own passes know no dropout, and the model has some; use "none"'
+            return "the layer's own passes know no dropout, and the model has some"
         linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
         linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
         norms = [block.input_layernorm, block.post_attention_layernorm]
         for module, plain in [*((x, nn.Linear) for x in linears), *((x, RMSNorm) for x in norms)]:
             if type(module) is not plain:
-                return f'expected plain layers, got {type(module).__name__}; use "none"'
+                return f"expected plain layers, got {type(module).__name__}"
     return ""
 
 

@@ -20,7 +20,7 @@ import torch
 
 from puna.devices import choose_dtype
 from puna.errors import SettingsError
-from puna.settings import Settings
+from puna.settings import Settings, fixed
 
 Kept = Literal["float32", "bfloat16+float32", "bfloat16"]
 
@@ -34,7 +34,7 @@ class PrecisionSettings(Settings):
     """
 
     dtype: str = "auto"
-    weights: Kept = "float32"
+    weights: Kept = fixed("float32")
     float8: bool = False
 
 

@@ -90,6 +90,49 @@ def test_in_float32_it_is_the_papers(kind: tuple[torch.dtype, ...], way: str) ->
         assert one.master is None or torch.equal(one.weight, one.master.bfloat16())
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", adamw.KINDS[:3], ids=str)
+def test_on_cuda_it_is_the_papers(kind: tuple[torch.dtype, ...]) -> None:
+    updates = updates_of(kind)
+    expected = [exact(one) for one in updates]
+    there = [
+        one._replace(
+            weight=one.weight.cuda(), gradient=one.gradient.cuda(), first=one.first.cuda(),
+            second=one.second.cuda(), master=None if one.master is None else one.master.cuda(),
+        )
+        for one in updates
+    ]  # fmt: skip
+    adamw.update(there, RATES)
+    for one, (weight, m, v) in zip(there, expected, strict=True):
+        wide = one.weight if one.master is None else one.master
+        for found, wanted in ((wide, weight), (one.first, m), (one.second, v)):
+            torch.testing.assert_close(found.cpu().double(), wanted, rtol=1e-6, atol=3e-7)
+
+
+@compiled
+def test_tensors_that_do_not_belong_together_are_not_updated() -> None:
+    one = update_of((12, 9), (BFLOAT, BFLOAT, FLOAT))
+    wrong = [
+        one._replace(gradient=one.gradient[1:]), one._replace(master=None),
+        one._replace(second=one.second.bfloat16()),
+    ]  # fmt: skip
+    for each in wrong:
+        with pytest.raises(AssertionError):
+            adamw.update([each], RATES)
+
+
+def test_parameters_may_be_at_different_steps_in_torchs_fused_code() -> None:
+    updates = [
+        update_of((33, 17), (FLOAT, FLOAT, FLOAT), seed)._replace(step=1 + 9 * seed) for seed in range(3)
+    ]
+    plain = copied(updates, torch.float64)
+    adamw.fused_update(updates, RATES)
+    adamw.plain_update(plain, RATES)
+    for one, other in zip(updates, plain, strict=True):
+        torch.testing.assert_close(one.weight.double(), other.weight, rtol=1e-6, atol=1e-6)
+
+
 def test_in_float64_it_is_the_papers() -> None:
     updates = copied(updates_of((FLOAT, FLOAT, FLOAT)), torch.float64)
     expected = [exact(one) for one in updates]

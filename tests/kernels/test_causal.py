@@ -60,12 +60,11 @@ class Case:
         return grad, *self.heads.split(joint), torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     def run(self, wide: bool = False) -> list[Tensor]:
-        """out, lse, dq, dk, dv; `wide` in plain torch and float64, of the same numbers."""
-        kernel = causal_plain if wide else causal
+        """out, lse, dq, dk, dv; `wide` in float64, hence plain torch, of the same numbers."""
         grad, q, k, v, *angles = (x.double() if wide else x for x in self.inputs())
         cos, sin = angles if self.turned else (None, None)
-        out, lse = kernel.attend(q, k, v, cos, sin, self.starts)
-        return [out, lse, *kernel.attend_backward(grad, q, k, v, out, lse, cos, sin, self.starts)]
+        out, lse = attend(q, k, v, cos, sin, self.starts)
+        return [out, lse, *attend_backward(grad, q, k, v, out, lse, cos, sin, self.starts)]
 
 
 def gaps(found: list[Tensor], expected: list[Tensor]) -> list[float]:
@@ -161,6 +160,15 @@ def test_cpp_equals_plain_on_a_long_row(dtype: torch.dtype) -> None:
 def test_many_heads_and_many_rows(heads: Heads) -> None:
     case = Case(9, 150, heads, torch.float32, documents=(70, 20))
     assert max(gaps(case.run(), case.run(wide=True))) < ROUNDING[torch.float32]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize(("T", "turned"), [(256, True), (350, False)])
+def test_results_too_many_for_the_caches(T: int, turned: bool, dtype: torch.dtype) -> None:
+    """From 2^20 numbers on they are written past them."""
+    case = Case((1 << 20) // (T * 8 * 64) + 1, T, Heads(8, 2, 64), dtype, turned, documents=(100, 40))
+    assert max(gaps(case.run(), case.run(wide=True))) < ROUNDING[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

@@ -47,6 +47,22 @@ def test_products_are_those_of_the_rounded_numbers() -> None:
     assert torch.equal(held, found + 1)
 
 
+@pytest.mark.parametrize("rows", [1, 31, 33])
+def test_rows_that_16_does_not_divide_are_filled_up(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device refuses sums over any other number of rows."""
+    grad, x = drawn(rows, 48, seed=1), drawn(rows, INPUTS)
+    sums: list[int] = []
+    product = float8._product
+
+    def noted(left: Tensor, right: Tensor) -> Tensor:
+        sums.append(left.shape[1])
+        return product(left, right)
+
+    monkeypatch.setattr(float8, "_product", noted)
+    near(float8.weight_gradient(grad, x), exact(grad.t()) @ exact(x.t()).t())
+    assert sums == [-(-rows // 16) * 16]
+
+
 def test_they_are_as_near_to_products_in_bfloat16_as_three_bits_allow() -> None:
     x, weights = torch.randn(ROWS, INPUTS).bfloat16(), [torch.randn(o, INPUTS) for o in HEIGHTS]
     plain = gemm.plain_linear(x, weights, None, torch.bfloat16).float()

@@ -112,6 +112,14 @@ def test_gates_of_any_size_and_rows_that_lie_apart(dtype: torch.dtype) -> None:
         torch.testing.assert_close(found[0], found[1], rtol=0, atol=0, equal_nan=True)
 
 
+@compiled
+def test_what_does_not_fit_together_is_not_read() -> None:
+    grad, gate_up = material(48, torch.float32)
+    for wrong in (gate_up[1:], gate_up[:, 1:]):
+        with pytest.raises(AssertionError):
+            gates.swiglu_backward(grad, wrong)
+
+
 def test_types_that_are_not_compiled_for_go_by_torch() -> None:
     grad, gate_up = material(48, torch.float16)
     for found, wanted in zip(

@@ -87,6 +87,8 @@ def test_a_bias_is_added_before_the_rounding(dtype: torch.dtype) -> None:
     bias = [normal(33), None, normal(64, seed=1)]
     rounded = torch.cat((normal(33), torch.zeros(7), normal(64, seed=1))).bfloat16()
     assert agrees(gemm.linear(x, weights, bias, dtype), x, joint(weights).t(), rounded.expand(30, -1))
+    with pytest.raises(AssertionError):
+        gemm.linear(x, weights, [normal(33), None, normal(63)], dtype)
 
 
 @compiled

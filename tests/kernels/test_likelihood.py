@@ -122,13 +122,36 @@ def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
         assert all(map(torch.equal, found, results[0]))
 
 
-@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("target", [-1, 97])
-def test_a_target_outside_the_vocabulary_is_told(target: int) -> None:
-    logits, targets, mask = material(97, torch.float32)
+def test_a_target_outside_the_vocabulary_is_told(target: int, dtype: torch.dtype) -> None:
+    logits, targets, mask = material(97, dtype)
     targets[mask.nonzero()[0]] = target
     with pytest.raises(DataError, match=f"expected targets from 0 to 96, got .*{target}"):
         chunk_loss(logits, targets, mask)
+
+
+@compiled
+def test_what_does_not_fit_together_is_not_read() -> None:
+    logits, targets, mask = material(97, torch.float32)
+    for wrong in ((targets[:-1], mask), (targets, mask[1:]), (targets.int(), mask), (targets, mask.long())):
+        with pytest.raises(AssertionError):
+            chunk_loss(logits, *wrong)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("z", [0.0, Z])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_cuda_it_is_the_definition(dtype: torch.dtype, z: float) -> None:
+    def run(logits: Tensor, targets: Tensor, mask: Tensor, z: float) -> tuple[Tensor, Tensor]:
+        there = logits.cuda()
+        sums = chunk_loss(there, targets.cuda(), mask.cuda(), z)
+        logits.copy_(there)
+        return sums[0].cpu(), sums[1].cpu()
+
+    unit = torch.finfo(dtype).eps
+    compare(*material(32_000, dtype), z, run, rtol=max(unit / 2, 2e-6), atol=1e-6)
 
 
 def test_types_that_are_not_compiled_for_go_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:

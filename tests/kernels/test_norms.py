@@ -163,6 +163,19 @@ def test_rows_that_lie_apart_and_numbers_of_any_size(types: tuple[torch.dtype, t
         torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-4, equal_nan=True)
 
 
+@compiled
+def test_what_does_not_fit_together_is_not_read() -> None:
+    given = material(48, torch.float32, torch.float32)
+    x, weight, grad_y, rstd = given["x"], given["weight"], given["grad_y"], torch.ones(R)
+    with pytest.raises(AssertionError):
+        norms.rms_norm(x, weight[1:], EPS, torch.float32)
+    with pytest.raises(AssertionError):
+        norms.add_rms_norm(x, given["delta"][1:], weight, EPS, torch.float32)
+    for wrong in ((grad_y[1:], rstd), (grad_y, rstd[1:]), (grad_y, rstd.double())):
+        with pytest.raises(AssertionError):
+            norms.rms_norm_backward(wrong[0], x, wrong[1], weight, None, again=True)
+
+
 def test_types_that_are_not_compiled_for_go_by_torch() -> None:
     given = material(48, torch.float32, torch.float16)
     for found, wanted in zip(by_hand(given), by_hand(given, plain=True), strict=True):

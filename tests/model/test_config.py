@@ -82,7 +82,7 @@ FAULTS = {
     ),
     "misspelt scaling field": (
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "factr": 2.0}},
-        "unknown setting 'rope_scaling.linear.factr'. Did you mean 'factor'?",
+        "unknown setting 'rope_scaling.linear.factr'. Did you mean 'rope_scaling.factor'?",
     ),
     "shrinking factor": (
         {"rope_scaling": {"rope_type": "linear", "factor": 0.5}},
@@ -134,7 +134,7 @@ def test_a_fault_inside_other_settings_keeps_its_dotted_name_and_file():
         parse(Holder, {"model": {**GOOD, "hidden_size": -4, "rope_theeta": 1.0}}, "run.toml")
     assert str(caught.value) == (
         "run.toml: 'model.hidden_size': input should be greater than 0, got -4; "
-        "unknown setting 'model.rope_theeta'. Did you mean 'rope_theta'?"
+        "unknown setting 'model.rope_theeta'. Did you mean 'model.rope_theta'?"
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import stat
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,43 @@ def test_an_error_of_the_model_itself_is_not_blamed_on_the_compiler(monkeypatch:
 
     with pytest.raises(ValueError, match="the model's own"):
         prepare_layers(tiny_model(), "none", "on", torch.device("meta"), trial, pytest.fail)
+
+
+def test_a_compiler_that_refuses_its_options_costs_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(forward: Any) -> Any:
+        raise RuntimeError("Unexpected optimization option deterministic")
+
+    monkeypatch.setattr(compiling, "_compile", refusing)
+    said: list[str] = []
+    layers = prepare_layers(tiny_model(), "paper", "on", torch.device("meta"), lambda: None, said.append)
+    assert not layers.compiled and layers.replaced.active
+    assert len(said) == 1 and "Unexpected optimization option" in said[0]
+
+
+def test_a_trial_that_fails_leaves_the_model_as_it_was() -> None:
+    def trial() -> None:
+        raise KeyboardInterrupt
+
+    model = tiny_model(tied=True)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_layers(model, "paper", "off", CPU, trial, pytest.fail)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_what_failed_is_let_go_before_the_layers_run_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error holds its frames, and these the device's memory, which the next trial needs."""
+    monkeypatch.setattr(compiling, "_compile", failing_compile)
+    model, held = tiny_model(), []
+
+    def trial() -> None:
+        gc.collect()
+        assert all(each() is None for each in held)
+        large = torch.empty(3)
+        held.append(weakref.ref(large))
+        trial_of(model, torch.float32)()
+
+    assert not prepare_layers(model, "none", "on", torch.device("meta"), trial, lambda line: None).compiled
+    assert len(held) == 3
 
 
 def test_without_a_toolchain_a_cpu_runs_eagerly_after_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

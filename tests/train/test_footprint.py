@@ -81,6 +81,17 @@ def test_the_parts_by_hand() -> None:
     )  # fmt: skip
 
 
+def test_gradients_of_several_micro_batches_are_in_float32() -> None:
+    run = Run(SHAPE, ROWS, LENGTH, "block", torch.bfloat16, torch.bfloat16, 4)
+    several = footprint(replace(run, micro_batches=2))
+    assert (footprint(run).gradients, several.gradients) == (
+        2 * parameters(SHAPE).total, 4 * parameters(SHAPE).total,
+    )  # fmt: skip
+    assert several.unavoidable > footprint(run).unavoidable
+    wide = replace(run, weights=torch.float32)
+    assert footprint(replace(wide, micro_batches=2)) == footprint(wide)
+
+
 def test_memory_grows_in_proportion_to_the_tokens() -> None:
     runs = [Run(preset("puna-15m"), 1, length, "paper", torch.bfloat16) for length in (8192, 16384, 32768)]
     first, second, third = (footprint(run).above for run in runs)

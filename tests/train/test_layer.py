@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from puna.kernels import causal, gates, norms, rowwise
+from puna.kernels import causal, float8, gates, norms, rowwise
 from puna.kernels.compiler import find_toolchain
 from puna.model.attention import KERNELS
 from puna.model.config import ModelConfig
 from puna.model.llama import Block, Llama
+from puna.train import policies
 from puna.train.compile import Replaced
+from puna.train.layer import Memory
 from puna.train.policies import written_out
 from tests.model.shapes import CONFIGS, ids_of, model_of, summed_loss
 from tests.model.test_parity_numpy import CASES, check_against_the_reference
@@ -220,6 +223,19 @@ def test_without_gradients_the_same_numbers_come_out() -> None:
         assert torch.equal(model(ids), learning)
 
 
+def test_where_nothing_is_learned_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Any] = []
+    noting = Memory(lambda kept_now: kept.append(kept_now) or kept_now, policies.MEMORIES["paper"].fetch)
+    monkeypatch.setitem(policies.MEMORIES, "offload", noting)
+    config = CONFIGS["grouped"]
+    model, ids = with_policy(model_of(config), "offload"), ids_of(config, 2, 9)
+    with torch.no_grad():
+        model(ids)
+    assert not kept
+    model(ids)
+    assert len(kept) == config.num_hidden_layers
+
+
 def test_products_in_float8_differ_by_their_rounding_alone() -> None:
     """On a CPU, where torch forms them one by one; and they are what runs in the layers."""
     ids = ids_of(WIDE, 4, 48)
@@ -251,10 +267,52 @@ def test_the_passes_are_one_graph_each_where_kernels_are_plain(monkeypatch: pyte
 
         return torch.compile(function, backend=counted, fullgraph=True, dynamic=False)
 
-    torch._dynamo.reset()
-    model, ids = model_of(config, torch.float64), ids_of(config, 2, 9)
-    Replaced(written_out(model, "block", compiler)).apply()
-    found = gradients_of(model, ids)
-    for key, value in gradients_of(model_of(config, torch.float64), ids).items():
-        torch.testing.assert_close(found[key], value, rtol=1e-10, atol=1e-12)
-    assert graphs == ["forward", "up_to_gates", "backward"]  # one for all layers
+    ids = ids_of(config, 2, 9)
+    for documents in (None, torch.tensor([[0] * 9, [1] * 4 + [2] * 5])):
+        torch._dynamo.reset()
+        graphs.clear()
+        model = model_of(config, torch.float64)
+        Replaced(written_out(model, "block", compiler)).apply()
+        found = gradients_of(model, ids, documents)
+        for key, value in gradients_of(model_of(config, torch.float64), ids, documents).items():
+            torch.testing.assert_close(found[key], value, rtol=1e-10, atol=1e-12)
+        with torch.no_grad():
+            model(ids, None, documents)
+        assert graphs == ["forward", "up_to_gates", "backward"]  # one for all layers, and for validation
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_gradients_on_cuda_are_those_of_float64(policy: str, compiled: bool) -> None:
+    ids = ids_of(WIDE, 4, 48)
+    documents = torch.tensor([[0] * 48, [1] * 20 + [2] * 28, [3] * 48, [4] * 47 + [5]])
+    exact = gradients_of(model_of(WIDE, torch.float64), ids, documents)
+    model = model_of(WIDE).cuda()
+    compiler = partial(torch.compile, dynamic=False) if compiled else as_it_is
+    Replaced(written_out(model, policy, compiler)).apply()  # type: ignore[arg-type]
+    found = []
+    for _ in range(2):
+        with torch.autocast("cuda", torch.bfloat16):
+            found.append(gradients_of(model, ids.cuda(), documents.cuda()))
+    for key, value in exact.items():
+        assert torch.equal(found[0][key], found[1][key]), key
+        assert (found[0][key].cpu() - value).norm() < 0.03 * value.norm(), key
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() and float8.multiplies_float8(torch.device("cuda"))),
+    reason="needs a CUDA device with products in float8",
+)
+@pytest.mark.parametrize("length", [48, 31])
+def test_products_in_float8_on_cuda_are_those_of_a_cpu(length: int) -> None:
+    ids, found = ids_of(WIDE, 1, length), []
+    for device in ("cpu", "cuda"):
+        model = model_of(WIDE).to(device)
+        Replaced(written_out(model, "paper", as_it_is, float8=True)).apply()
+        with torch.autocast(device, torch.bfloat16):
+            found.append(gradients_of(model, ids.to(device)))
+    for key, value in found[0].items():
+        assert (found[1][key].cpu() - value).norm() < 0.03 * value.norm(), key

@@ -303,6 +303,7 @@ def test_a_second_signal_does_not_wait() -> None:
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("[enforce] can't allocate memory"),
+        RuntimeError("CUDA error: out of memory"),  # memory that copies of layers are to be pinned in
     ],
 )
 def test_out_of_memory_says_what_to_lower(error: Exception) -> None:

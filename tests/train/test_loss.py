@@ -283,6 +283,20 @@ def test_a_matrix_in_bfloat16_is_summed_in_float32_over_chunks(monkeypatch: pyte
     assert (found.double() - exact.grad).norm() < 0.006 * exact.grad.norm()
 
 
+def test_a_module_in_bfloat16_is_summed_in_float32_over_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "_rows_of", lambda vocabulary: 8)
+    torch.manual_seed(0)
+    head = nn.Linear(24, 40).bfloat16()
+    hidden = (1 + torch.randn(2048, 24)).bfloat16()
+    targets, mask = torch.randint(0, 40, (2048,)), torch.ones(2048, dtype=torch.bool)
+    head_loss(head, hidden, targets, mask).backward()
+    weight, bias = (each.detach().double().requires_grad_() for each in (head.weight, head.bias))
+    cross_entropy_sum(hidden.double() @ weight.t() + bias, targets, mask).backward()
+    for found, exact in ((head.weight.grad, weight.grad), (head.bias.grad, bias.grad)):
+        assert found is not None and exact is not None and found.dtype == torch.bfloat16
+        assert (found.double() - exact).norm() < 0.01 * exact.norm()
+
+
 def test_no_rows_have_no_loss() -> None:
     head = nn.Linear(8, 12, bias=False)
     hidden = torch.zeros(0, 8, requires_grad=True)

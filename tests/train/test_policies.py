@@ -12,9 +12,11 @@ from puna.kernels import gemm
 from puna.model.llama import Llama
 from puna.train import policies
 from puna.train.compile import prepare_layers
-from puna.train.policies import Circumstances, MemorySettings, choose_policy
+from puna.train.gradients import accumulate
+from puna.train.objectives import language_modelling
+from puna.train.policies import Circumstances, MemorySettings, Policy, choose_policy
 from tests.train.test_compile import trained
-from tests.train.tiny import CONFIG, CPU, same_bits, tiny_model
+from tests.train.tiny import CONFIG, CPU, ROWS, TinySource, precision, same_bits, tiny_model
 
 CUDA = torch.device("cuda")
 
@@ -66,9 +68,10 @@ def test_a_policy_by_name_is_taken() -> None:
 
 def test_what_does_not_suit_is_refused_in_a_line() -> None:
     assert 'use "paper" or "block"' in refusal("offload")
-    assert "know no dropout" in refusal("paper", model=tiny_model(dropout=0.1))
-    dropping = Llama(CONFIG.model_copy(update={"attention_dropout": 0.1}))
-    assert "know no dropout" in refusal("block", model=dropping)
+    dropping = refusal("paper", model=tiny_model(dropout=0.1))
+    assert "know no dropout" in dropping and dropping.endswith('; use "none"')
+    model = Llama(CONFIG.model_copy(update={"attention_dropout": 0.1}))
+    assert "know no dropout" in refusal("block", model=model)
     assert 'leave compile.mode at "auto"' in refusal("paper", compiling=True)
 
 
@@ -81,6 +84,10 @@ def test_float8_wants_a_device_and_a_shape_for_it(monkeypatch: pytest.MonkeyPatc
     odd = Llama(CONFIG.model_copy(update={"intermediate_size": 72}))
     with pytest.raises(SettingsError, match=r"widths that 16 divides, got \(32, 72, 16\)"):
         chosen("paper", odd, CUDA, float8=True)
+    with pytest.raises(
+        SettingsError, match=r"float8 = true: the layer's own passes know no dropout.*it out$"
+    ):
+        chosen("auto", tiny_model(dropout=0.1), CUDA, float8=True)
     with pytest.raises(SettingsError, match=r"needs the layer's own passes"):
         chosen("none", device=CUDA, float8=True)
 
@@ -105,6 +112,29 @@ def test_training_learns_the_same_with_every_policy(dtype: torch.dtype) -> None:
     for ours, theirs in zip(losses, expected, strict=True):
         assert abs(ours - theirs) <= (1e-5 if dtype == torch.float32 else 2e-2) * theirs
     assert not same_bits(none, {name: torch.zeros_like(x) for name, x in none.items()})
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("micro_rows", [ROWS, ROWS // 4])
+def test_any_parameters_may_be_frozen(tied: bool, micro_rows: int) -> None:
+    """All but those whose name holds a word, with one micro-batch and with several."""
+
+    def gradients(policy: Policy, learned: str) -> dict[str, torch.Tensor | None]:
+        model = tiny_model(dtype=torch.float64, tied=tied)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = learned in name
+        prepare_layers(model, policy, "off", CPU, lambda: None, pytest.fail)
+        batches = next(TinySource(micro_rows).steps(0)).batches
+        seeds = range(len(batches))
+        accumulate(language_modelling, model, batches, precision(torch.float64), seeds=seeds)
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    for learned in ("embed_tokens", "norm", "k_proj", "layers.0.mlp.up", "layers.1", "self_attn.o"):
+        expected = gradients("none", learned)
+        for policy in ("paper", "block", "offload"):
+            for name, gradient in gradients(policy, learned).items():
+                assert (gradient is None) == (expected[name] is None), (learned, policy, name)
+                torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-14)
 
 
 def test_generation_runs_the_layers_as_they_are_written() -> None:
