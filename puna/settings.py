@@ -1,32 +1,36 @@
 """Strict settings: frozen pydantic models filled from TOML and `key=value`.
 
-An unknown key is an error that offers the nearest valid name. Every field belongs to one of three
-classes, which decide whether a run may be resumed after it changed:
+An unknown key is an error that offers the nearest valid name, wherever it stands. Every field belongs to one
+of four classes, which decide whether a run may be resumed after it changed:
 
 - meaning (the default): another value gives another result; refused on resume unless allowed;
+- fixed: the state that a run saves fits no other value; always refused on resume;
 - layout: the same result up to rounding (processes, micro-batch, threads); allowed and logged;
 - neutral: the same result (intervals, names); allowed.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import pydantic
 import tomli_w
 from pydantic.fields import FieldInfo
 
-from puna.errors import SettingsError, nearest
+from puna.errors import SettingsError
 
-Kind = Literal["meaning", "layout", "neutral"]
+Kind = Literal["meaning", "fixed", "layout", "neutral"]
 S = TypeVar("S", bound="Settings")
-
+CLOSE = 0.6  # from this likeness on (1 is the same) a name may be what was meant
+OFFERED = 3  # names at most
 
 _PARTS = re.compile(r"""'[^']*'|"[^"]*"|[^.]+""")  # of a dotted key, as TOML writes it
 BYTES = re.compile(r"(\d+(?:\.\d+)?) ?([kmgt]?)(i?)b", re.IGNORECASE)
@@ -58,6 +62,11 @@ class Settings(pydantic.BaseModel):
         validate_default=True,
         allow_inf_nan=False,
     )
+
+
+def fixed(default: Any, **constraints: Any) -> Any:
+    """A field that decides what the state of a run is made of."""
+    return pydantic.Field(default, json_schema_extra={"resume": "fixed"}, **constraints)
 
 
 def layout(default: Any, **constraints: Any) -> Any:
@@ -105,8 +114,19 @@ def overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
     return values
 
 
-def parse(cls: type[S], values: Mapping[str, Any], origin: str = "settings") -> S:
-    """Validate plain values; `origin` names where they came from in the message.
+def parse(
+    cls: type[S],
+    values: Mapping[str, Any],
+    origin: str = "settings",
+    beside: Mapping[str, type[Settings]] | None = None,
+) -> S:
+    """Validate plain values.
+
+    Args:
+        cls: what they are to become.
+        values: nested tables.
+        origin: where they came from, for the message.
+        beside: groups that stand at the same place and are parsed apart: an unknown name may be theirs.
 
     Raises:
         SettingsError: in one line, every fault found.
@@ -114,7 +134,7 @@ def parse(cls: type[S], values: Mapping[str, Any], origin: str = "settings") -> 
     try:
         return cls.model_validate(values)
     except pydantic.ValidationError as error:
-        faults = "; ".join(dict.fromkeys(_explain(cls, fault) for fault in error.errors()))
+        faults = "; ".join(dict.fromkeys(_explain(cls, fault, beside or {}) for fault in error.errors()))
         raise SettingsError(f"{origin}: {faults}") from None
 
 
@@ -149,7 +169,7 @@ def _leaves(
 def _kind(info: FieldInfo, inherited: Kind) -> Kind:
     extra = info.json_schema_extra
     declared = extra.get("resume") if isinstance(extra, dict) else None
-    return declared if declared in ("layout", "neutral") else inherited  # type: ignore[return-value]
+    return declared if declared in ("fixed", "layout", "neutral") else inherited  # type: ignore[return-value]
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -198,18 +218,17 @@ def _json_or_text(text: str) -> Any:
         return text
 
 
-def _explain(cls: type[Settings], fault: Any) -> str:
+def _explain(cls: type[Settings], fault: Any, beside: Mapping[str, type[Settings]]) -> str:
     """One validation fault as a clause: the dotted key, what was expected, what came."""
     location = [str(part) for part in fault["loc"]]
     key = ".".join(location) or "settings"
     if fault["type"] == "extra_forbidden":
-        names = _field_names(cls, location[:-1])
-        near = nearest(location[-1], names)
-        return f"unknown setting {key!r}.{near or ' Settings here: ' + ', '.join(names)}"
+        return f"unknown setting {key!r}.{_instead(cls, location, beside)}"
     if fault["type"] == "missing":
         return f"{key!r} is required"
     if fault["type"] == "model_type":
-        inner = ", ".join(f"{key}.{name}" for name in _field_names(cls, location))
+        _, names = _group(cls, location)
+        inner = ", ".join(f"{key}.{name}" for name in names)
         return f"{key!r} is a group of settings, got {fault['input']!r}; give one of them: {inner}"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
@@ -217,14 +236,46 @@ def _explain(cls: type[Settings], fault: Any) -> str:
     return f"{key!r}: {message[0].lower()}{message[1:]}, got {fault['input']!r}"
 
 
-def _field_names(cls: type[Settings], path: Sequence[str]) -> list[str]:
-    """The valid names at a dotted path; members of unions are gathered together."""
-    classes: list[type[Settings]] = [cls]
+def _instead(cls: type[Settings], location: Sequence[str], beside: Mapping[str, type[Settings]]) -> str:
+    """What may have been meant by an unknown name: one of its group, or the same in another; or the group."""
+    group, names = _group(cls, location[:-1])
+    here = {f"{group}{name}": name for name in names}
+    others = [*_dotted(cls), *(f"{at}.{name}" for at, part in beside.items() for name in _dotted(part))]
+    known = here | {dotted: dotted.rpartition(".")[2] for dotted in others}
+    close = difflib.get_close_matches(location[-1], set(known.values()), n=1, cutoff=CLOSE)
+    meant = [dotted for dotted, name in known.items() if name in close]
+    offered = [dotted for dotted in meant if dotted in here] or meant[:OFFERED]
+    if not offered:
+        return f" Settings here: {', '.join(names)}"
+    return f" Did you mean {' or '.join(map(repr, offered))}?"
+
+
+def _group(cls: type[Settings], path: Sequence[str]) -> tuple[str, list[str]]:
+    """A group as the beginning of its members' dotted names, and their names; unions' gathered together."""
+    classes, prefix = [cls], ""
     for part in path:
         fields = [c.model_fields[part].annotation for c in classes if part in c.model_fields]
         # A tagged union puts the tag into the location: it selects no field, the members stay.
+        prefix += f"{part}." if fields else ""
         classes = [member for annotation in fields for member in _settings_in(annotation)] or classes
-    return [name for c in classes for name in c.model_fields]
+    return prefix, list(dict.fromkeys(name for c in classes for name in c.model_fields))
+
+
+def _dotted(cls: type[Settings], prefix: str = "") -> Iterator[str]:
+    """Every name that can be set, groups before their members."""
+    for name, info in cls.model_fields.items():
+        yield f"{prefix}{name}"
+        for member in _members(info.annotation):
+            yield from _dotted(member, f"{prefix}{name}.")
+
+
+def _members(annotation: Any) -> Iterator[type[Settings]]:
+    """The settings that a field holds by its own name: itself, or as one of a union, not in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        yield annotation
+    elif get_origin(annotation) in (Union, UnionType, Annotated):
+        for argument in get_args(annotation):
+            yield from _members(argument)
 
 
 def _settings_in(annotation: Any) -> Iterator[type[Settings]]:

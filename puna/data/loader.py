@@ -16,6 +16,7 @@ from puna.data.packing import count_rows, pack_row, stack
 from puna.data.prefetch import prefetch
 from puna.data.shards import TokenSet
 from puna.errors import DataError, SettingsError
+from puna.progress import counted
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Loader:
         if self.rows < rows_per_step:
             raise DataError(
                 f"{tokens.directory}: too few tokens for one step: {tokens.tokens_total:,} tokens make "
-                f"{self.rows:,} rows of {row_length:,}, and a step takes {rows_per_step:,}; "
+                f"{counted(self.rows, 'row')} of {row_length:,}, and a step takes {rows_per_step:,}; "
                 "add text, or lower the rows of a step or their length"
             )
 
@@ -157,8 +158,8 @@ def check_division(rows_per_step: int, micro_rows: int, world: int) -> None:
         )
     if rows_per_step % (micro_rows * world):
         raise SettingsError(
-            f"{rows_per_step} rows per step cannot be divided into micro-batches of {micro_rows} on {world} "
-            f"ranks; take a multiple of {micro_rows * world} rows, or micro-batches of "
+            f"{rows_per_step} rows per step cannot be divided into micro-batches of {micro_rows} on "
+            f"{counted(world, 'rank')}; take a multiple of {micro_rows * world} rows, or micro-batches of "
             f"{_best_micro(rows_per_step, micro_rows, world)}"
         )
 

@@ -31,7 +31,7 @@ from puna.data.shardfile import Header, verify_shard, writing
 from puna.data.shards import MANIFEST, SHARD_TOKENS, ShardWriter, TokenSet, shard_name
 from puna.errors import DataError
 from puna.files import sweep, write_atomically
-from puna.progress import Track, Tracker, silent
+from puna.progress import Track, Tracker, counted, silent
 from puna.tokenizer.tokenizer import Tokenizer
 
 RECORD = "preparation.json"
@@ -213,7 +213,7 @@ def _tokenize(
 ) -> None:
     done = {side: writer.documents_total for side, writer in writers.items()}
     if any(done.values()):
-        bar.say(f"going on after {sum(done.values()):,} documents that are done")
+        bar.say(f"going on after {counted(sum(done.values()), 'document')} already done")
     shown = 0
     for side, document in encode_all(_without_first(work.entries, done), tokenizer, workers):
         writers[side].add(document)
@@ -292,7 +292,7 @@ def _whole_shards(directory: Path) -> list[Header]:
 
 
 def _nothing_for(side: Side, work: Work) -> DataError:
-    found = f"{work.report.documents:,} documents, {work.report.bytes_read:,} bytes"
+    found = f"{counted(work.report.documents, 'document')}, {work.report.bytes_read:,} bytes"
     if side == "train":
         return DataError(f"nothing is left to train on of {found}; add text, or hold out less")
     return DataError(

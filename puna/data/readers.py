@@ -20,6 +20,7 @@ import zstandard
 
 from puna.data.inputs import InputFile, list_files
 from puna.errors import DataError
+from puna.progress import counted
 
 SHOWN = 3  # faults of a kind that a report keeps in full
 PIECE = 1024  # compressed bytes at a time: they hold 32 MiB at most, whatever they claim
@@ -71,13 +72,14 @@ class ReadReport:
     def lines(self) -> list[str]:
         """The report in sentences; what did not happen is not mentioned."""
         counts = (
-            (self.empty, "empty documents left out"),
-            (self.repeated, "documents left out of training: they are held out"),
-            (self.malformed, "malformed lines, rows or documents skipped"),
-            (self.skipped_files, "unreadable or binary files skipped"),
+            (self.empty, "empty document", "left out"),
+            (self.repeated, "document", "left out of training: held out as well"),
+            (self.malformed, "malformed record", "skipped"),
+            (self.skipped_files, "unreadable or binary file", "skipped"),
         )
-        summary = f"{self.documents:,} documents from {self.files:,} files"
-        return [summary, *(f"{count:,} {what}" for count, what in counts if count), *self.faults]
+        summary = f"{counted(self.documents, 'document')} from {counted(self.files, 'file')}"
+        passed = (f"{counted(count, noun)} {fate}" for count, noun, fate in counts if count)
+        return [summary, *passed, *self.faults]
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def _read(
         yield from _read_file(file, Origin(file.name, field, separator), report)
     if report.documents == documents:
         why = "; ".join(report.faults) or "all are empty"
-        raise DataError(f"no documents in {len(files):,} files, the first {files[0].path}: {why}")
+        raise DataError(f"no documents in {counted(len(files), 'file')}, the first {files[0].path}: {why}")
 
 
 def _read_file(file: InputFile, origin: Origin, report: ReadReport) -> Iterator[Document]:

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from puna.errors import SettingsError
+from puna.errors import PunaError, SettingsError
 from puna.progress import Track, duration
 from puna.recipes.training.corpus import STDLIB
 from puna.recipes.training.pretrain import pretrain
 from puna.recipes.training.settings import PretrainSettings
 from puna.settings import parse
 from puna.train.history import read_history
-from puna.train.run import RunDirectory
+from puna.train.run import GO_ON, RunDirectory
 
 Say = Callable[[str], None]
 SHORTEST = 1.0  # minutes; less is spent before the first update
@@ -61,12 +62,14 @@ def run_demo(directory: Path, minutes: float, say: Say, track: Track) -> dict[st
     """Run it, continue an interrupted one, or say that it is finished.
 
     Raises:
-        SettingsError: too little time.
+        SettingsError: too little time, or the directory holds another run.
         InputError: the directory holds something else, or another process works in it.
     """
     if minutes < SHORTEST:
         raise SettingsError(f"--minutes must be at least {SHORTEST:g}, got {minutes:g}")
     run = RunDirectory(directory)
+    if run.exists and run.settings(PretrainSettings).data.corpus != STDLIB:
+        raise SettingsError(f"{directory} holds a run that is no demo; choose another directory with --dir")
     finished = read_history(run.metrics).summary if run.exists else {}
     if finished:
         say(
@@ -75,18 +78,29 @@ def run_demo(directory: Path, minutes: float, say: Say, track: Track) -> dict[st
         )
         _conclude(run, finished, say)
         return finished
-    began = time.monotonic()
+    began, fresh = time.monotonic(), not run.exists
     say(
         f"Puna's demo: from raw text to a talking model, in about {minutes:g} minutes, in {directory}.\n"
         "The text is the source of Python's standard library, as it lies on this machine."
-        if not run.exists
+        if fresh
         else f"Continuing the interrupted demo in {directory}."
     )
-    settings = run.settings(PretrainSettings) if run.exists else demo_settings(directory, minutes)
-    result = pretrain(settings, resume=True, say=say, track=track)
-    say(f"All of it took {duration(time.monotonic() - began)}.")
+    settings = demo_settings(directory, minutes) if fresh else run.settings(PretrainSettings)
+    with _told_how_a_demo_goes_on():
+        result = pretrain(settings, resume=True, say=say, track=track)
+    say(f"{'All of it' if fresh else 'The rest of it'} took {duration(time.monotonic() - began)}.")
     _conclude(run, result, say)
     return result
+
+
+@contextmanager
+def _told_how_a_demo_goes_on() -> Iterator[None]:
+    """Messages of a run name the option by which `puna pretrain` goes on with it; the demo does as it is."""
+    try:
+        yield
+    except PunaError as error:
+        error.args = (str(error).replace(GO_ON, "continue with the same command"),)
+        raise
 
 
 def _conclude(run: RunDirectory, result: dict[str, Any], say: Say) -> None:

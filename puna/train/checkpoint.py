@@ -25,37 +25,20 @@ from typing import Any
 
 import pydantic
 import safetensors
-import torch
 from torch import Tensor
 
 import puna
 from puna.errors import CheckpointError
 from puna.files import disk_errors, replace_directory, sweep, sync_directory, temporary_beside
+from puna.formats.huggingface.safetensors_layout import CODES, chunks
 from puna.settings import Settings, neutral
+from puna.train.run import GO_ON
 
 FORMAT = "puna-checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 MANIFEST_LIMIT = 1 << 20  # bytes; a manifest names a handful of files
-CHUNK = 1 << 20  # bytes written and hashed at a time: what is hashed is still in the processor's cache
-
-# How safetensors names the number types, widest first: so every tensor lies at a multiple of its width.
-DTYPES = {
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int16: "I16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_WIDEST_FIRST = {dtype: rank for rank, dtype in enumerate(DTYPES)}
 _STEP = re.compile(r"(?:unusable-)?step-(0|[1-9]\d*)")
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
@@ -107,7 +90,7 @@ def save(root: Path, step: int, tensors: Tensors, values: Mapping[str, Any]) -> 
     state = _exact_json(values)
     target = root / f"step-{step}"
     temporary = temporary_beside(target)
-    advice = "earlier checkpoints are whole; free some space, then continue with --resume"
+    advice = f"earlier checkpoints are whole; free some space, then {GO_ON}"
     with disk_errors(f"saving {target}", root, CheckpointError, advice):
         try:
             _make_root(root)
@@ -215,7 +198,7 @@ def _make_root(root: Path) -> None:
 
 def _contents(tensors: Tensors, state: bytes) -> Iterator[tuple[str, Iterable[memoryview | bytes]]]:
     for group, named in tensors.items():
-        yield f"{group}.safetensors", _safetensors(named)
+        yield f"{group}.safetensors", chunks(*_without_repeats(named))
     yield STATE, [state]
 
 
@@ -232,30 +215,6 @@ def _write(path: Path, chunks: Iterable[memoryview | bytes]) -> _File:
     return _File(bytes=size, sha256=digest.hexdigest())
 
 
-def _safetensors(named: Mapping[str, Tensor]) -> Iterator[memoryview | bytes]:
-    """A safetensors file, chunk by chunk: one tensor at a time leaves its device, none is copied on the CPU.
-
-    Format: header length (8 bytes, little-endian), a JSON header padded to a multiple of 8, the tensors'
-    bytes. The library writes to memory or to a path: with neither can the file be hashed on the way.
-    """
-    stored, shared = _without_repeats(named)
-    header: dict[str, Any] = {"__metadata__": shared} if shared else {}
-    offset = 0
-    for name, tensor in stored.items():
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for tensor in stored.values():
-        yield from _bytes_of(tensor)
-
-
 def _without_repeats(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors in the order they are stored, and names that are another name's tensor: {alias: name}.
 
@@ -264,7 +223,7 @@ def _without_repeats(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     owners: dict[tuple[Any, ...], str] = {}
     stored, shared = {}, {}
     for name, tensor in named.items():
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in CODES:
             raise TypeError(f"{name}: a checkpoint cannot hold {tensor.dtype}")
         identity = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         owner = owners.setdefault(identity, name) if tensor.numel() else name  # an empty one has no address
@@ -272,16 +231,8 @@ def _without_repeats(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
             stored[name] = tensor.detach()
         else:
             shared[name] = owner
-    # By name within a type, so that the same state gives the same bytes in whatever order it is handed over.
-    in_order = sorted(stored.items(), key=lambda item: (_WIDEST_FIRST[item[1].dtype], item[0]))
-    return dict(in_order), shared
-
-
-def _bytes_of(tensor: Tensor) -> Iterator[memoryview]:
-    flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-    data = flat.numpy().data
-    for start in range(0, len(data), CHUNK):
-        yield data[start : start + CHUNK]
+    # By name, so that the same state gives the same bytes in whatever order it is handed over.
+    return dict(sorted(stored.items())), shared
 
 
 def _exact_json(values: Mapping[str, Any]) -> bytes:

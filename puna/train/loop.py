@@ -20,7 +20,7 @@ from puna.data.loader import Step
 from puna.errors import Interrupted, PunaError
 from puna.parallel import World
 from puna.plan.measure import Peak
-from puna.progress import Tracker, silent
+from puna.progress import Tracker, counted, silent
 from puna.settings import Settings, neutral
 from puna.train.determinism import seed_for
 from puna.train.gradients import Totals, accumulate, clipping, gradient_norm, known_scale
@@ -29,6 +29,7 @@ from puna.train.objectives import Objective
 from puna.train.optimizer import Optimizer
 from puna.train.precision import LossScale, Precision
 from puna.train.reporting import Outcome, Reporter, Spent
+from puna.train.run import GO_ON
 from puna.train.signals import StopRequest, stop_requests
 
 
@@ -170,9 +171,10 @@ def train(
             if state.skipped_in_row >= settings.max_skipped:
                 save(state)
                 raise PunaError(
-                    f"stopped at step {state.step} after skipping {state.skipped_in_row} steps in a row, the "
-                    f"last because {fault}; state is saved: lower the learning rate, or mend the documents "
-                    "that metrics.jsonl names, and continue with --resume"
+                    f"stopped at step {state.step} after skipping {counted(state.skipped_in_row, 'step')} in "
+                    f"a row, the last because {fault}; state is saved: lower the learning rate (that needs "
+                    f"--allow-changes) and {GO_ON}, or mend the documents that metrics.jsonl names and begin "
+                    "anew in another directory"
                 )
 
 
@@ -199,11 +201,7 @@ def _stop_if_asked(stop: StopRequest, world: World, save: Visit, state: TrainSta
     if world.any(stop.signal is not None):
         save(state)
         number = signal.Signals(stop.signal or signal.SIGTERM)
-        raise Interrupted(
-            number,
-            f"stopped by {number.name} at step {state.step}; state is saved: "
-            "puna demo goes on by itself, puna pretrain with --resume",
-        )
+        raise Interrupted(number, f"stopped by {number.name} at step {state.step}; state is saved: {GO_ON}")
 
 
 def _fault(totals: Totals, norm: float) -> str:

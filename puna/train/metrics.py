@@ -20,9 +20,10 @@ from typing import Any, Protocol
 
 from puna.errors import CheckpointError
 from puna.files import disk_errors
+from puna.train.run import GO_ON
 
 Say = Callable[[str], None]
-FULL_DISK = "free some space, then continue with --resume"
+FULL_DISK = f"free some space, then {GO_ON}"
 
 
 class Record(Protocol):

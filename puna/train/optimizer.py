@@ -18,7 +18,7 @@ from puna.errors import CheckpointError, nearest
 from puna.kernels import adamw
 from puna.kernels.rounding import Key
 from puna.model.llama import Llama
-from puna.settings import Settings
+from puna.settings import Settings, fixed
 from puna.train import muon
 from puna.train.muon import MuonSettings
 from puna.train.precision import Precision
@@ -52,7 +52,7 @@ class OptimizerSettings(Settings):
     The learning rate is the peak of the schedule, the same for both.
     """
 
-    name: str = "adamw"
+    name: str = fixed("adamw")
     learning_rate: float = Field(default=3e-4, gt=0.0)
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False)  # TOML has lists only
     eps: float = Field(default=1e-8, gt=0.0)

@@ -16,7 +16,7 @@ import jinja2
 
 from puna.errors import CheckpointError
 from puna.files import disk_errors, write_atomically
-from puna.progress import duration, quantity
+from puna.progress import counted, duration, quantity
 from puna.train.charts import Chart, Curve, chart, number, smooth
 from puna.train.history import History, read_history
 from puna.train.run import RunDirectory
@@ -119,7 +119,7 @@ def _state(history: History, settings: dict[str, dict[str, str]]) -> str:
         return "No step recorded yet"
     of = f" of {total:,}" if total else ""
     if history.summary:
-        return f"Finished after {step:,} steps"
+        return f"Finished after {counted(step, 'step')}"
     return f"Step {step:,}{of}, not finished"
 
 

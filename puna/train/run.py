@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import Any, TypeVar
 import torch
 
 import puna
-from puna.errors import CheckpointError, RunBusyError
+from puna.errors import CheckpointError, InputError, Interrupted, RunBusyError
 from puna.files import (
     disk_errors,
     replace_directory,
@@ -40,7 +41,11 @@ from puna.kernels.library import load
 from puna.settings import Difference, Settings, differences, read_settings, to_toml
 
 S = TypeVar("S", bound=Settings)
-ADVICE = "what was saved before is whole; free some space, then continue with --resume"
+GO_ON = "continue with --resume"  # how a stopped run is gone on with, in the words of every message
+ADVICE = f"what was saved before is whole; free some space, then {GO_ON}"
+
+EFFECTS = {"layout": "rounding may differ", "meaning": "the result differs"}
+"""What a change of each kind of setting does to the rest of a run."""
 
 
 class RunDirectory:
@@ -112,13 +117,14 @@ class RunDirectory:
         `machine` is what `environment` gives. Neutral settings may change silently.
 
         Raises:
-            CheckpointError: a setting that changes the result differs, and `allow_changes` is False.
+            CheckpointError: a setting that changes the result differs, and `allow_changes` is False; or one
+                that the saved state depends on.
         """
         lines: list[str] = []
         if self.exists:
             changed = compare(self.settings(type(settings)), settings, allow_changes)
-            lines += [f"setting changed ({change.kind}): {change}" for change in changed]
-            lines += [f"machine changed: {change}" for change in _machine_changes(self.machine(), machine)]
+            lines += [f"setting changed ({EFFECTS[change.kind]}): {change}" for change in changed]
+            lines += _machine_changes(self.machine(), machine)
         with disk_errors(f"writing the settings of {self.path}", self.path, CheckpointError, ADVICE):
             write_atomically(self.environment_file, json.dumps(machine, indent=2) + "\n")
         self.store(settings)
@@ -171,9 +177,13 @@ class RunDirectory:
                 write(temporary)
                 sync_tree(temporary)
                 replace_directory(temporary, self.model)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
+            except InputError as error:
+                # Whoever writes a model advises to save it again; a run is gone on with instead.
+                if isinstance(error.__cause__, OSError):
+                    raise error.__cause__ from None
                 raise
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
 
     def _refuse_foreign(self) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -200,16 +210,38 @@ def compare(old: S, new: S, allow_changes: bool = False) -> list[Difference]:
     """The differences worth logging: those of layout, and those of meaning where they are allowed.
 
     Raises:
-        CheckpointError: meaning changed and is not allowed; every such difference is shown.
+        CheckpointError: meaning changed and is not allowed, or what the saved state depends on did; all such
+            differences are shown.
     """
     changed = [change for change in differences(old, new) if change.kind != "neutral"]
-    meaning = [change for change in changed if change.kind == "meaning"]
-    if meaning and not allow_changes:
+    fixed = [change.key for change in changed if change.kind == "fixed"]
+    refused = [
+        change
+        for change in changed
+        if change.kind == "fixed" or (change.kind == "meaning" and not allow_changes)
+    ]
+    if refused:
         raise CheckpointError(
-            f"settings that change the result differ from those of the run: {'; '.join(map(str, meaning))}; "
-            "set them back, choose another directory, or continue all the same with --allow-changes"
+            f"settings that change the result differ from those of the run: {'; '.join(map(str, refused))}; "
+            f"set them back, choose another directory, or {_other_way(fixed)}"
         )
     return changed
+
+
+def stopped(number: int, when: str) -> Interrupted:
+    """A signal came where nothing had to be saved first."""
+    name = signal.Signals(number).name
+    return Interrupted(number, f"stopped by {name} {when}; what was done before is kept: {GO_ON}")
+
+
+def _other_way(fixed: list[str]) -> str:
+    """What else can be done about settings that differ, among them those of these keys that must not."""
+    if not fixed:
+        return "continue all the same with --allow-changes"
+    return (
+        "begin a new run from this one's model, with init_from: what this run saved fits no other "
+        f"{' or '.join(fixed)}"
+    )
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -227,10 +259,16 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _machine_changes(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
-    return [
-        Difference(key, old[key], new[key], "layout") for key in new if key in old and old[key] != new[key]
-    ]
+def _machine_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs from a machine on record, in lines; earlier versions of Puna recorded less."""
+    lines = []
+    for key in new if old else ():
+        if key not in old:
+            lines.append(f"machine perhaps changed: {key} is {new[key]!r}, and was not recorded before")
+        elif old[key] != new[key]:
+            change = Difference(key, old[key], new[key], "layout")
+            lines.append(f"machine changed ({EFFECTS[change.kind]}): {change}")
+    return lines
 
 
 def _remove_empty(places: list[Path]) -> None:

@@ -71,7 +71,7 @@ def test_every_document_lands_on_one_side_in_order(corpus, tmp_path, byte_tokeni
     assert 20 <= len(held) <= 60
     assert made.train.bytes_total == sum(len(text.encode()) for text in train)
     assert made.validation.source(0) == f"corpus.jsonl:{TEXTS.index(held[0]) + 1}"
-    assert made.report == ["400 documents from 1 files"]
+    assert made.report == ["400 documents from 1 file"]
     assert track.advanced == track.totals[0] == corpus.stat().st_size
     made.train.verify()
 
@@ -90,7 +90,7 @@ def test_a_second_call_opens_what_the_first_made(corpus, tmp_path, byte_tokenize
     tokenizer = byte_tokenizer()
     again = prepare([corpus], tokenizer, tmp_path / "out")
     assert tokenizer.encoded == []
-    assert again.report == ["400 documents from 1 files"]
+    assert again.report == ["400 documents from 1 file"]
     assert (
         open_prepared(tmp_path / "out", tokenizer.fingerprint).train.tokens_total == again.train.tokens_total
     )
@@ -206,7 +206,7 @@ def test_held_out_files_of_ones_own(corpus, tmp_path, byte_tokenizer):
     made = prepare([corpus], byte_tokenizer(), tmp_path / "out", validation=[held])
     assert texts_of(made.validation) == [TEXTS[7]]
     assert texts_of(made.train) == [text for text in TEXTS if text != TEXTS[7]]
-    assert "1 documents left out of training: they are held out" in made.report
+    assert "1 document left out of training: held out as well" in made.report
     nothing = prepare([corpus], byte_tokenizer(), tmp_path / "all", holdout=0.0)
     assert nothing.validation is None
     assert texts_of(nothing.train) == TEXTS

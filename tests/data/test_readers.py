@@ -83,7 +83,7 @@ def test_malformed_lines_are_counted_and_the_first_shown(tmp_path):
     assert report.faults[0].startswith("x.jsonl:2: skipped: not JSON: Expecting value")
     assert report.faults[1] == "x.jsonl:3: skipped: expected an object, got list"
     assert report.faults[2] == "x.jsonl:5: skipped: no text in field 'text'"
-    assert report.lines()[:2] == ["2 documents from 1 files", "7 malformed lines, rows or documents skipped"]
+    assert report.lines()[:2] == ["2 documents from 1 file", "7 malformed records skipped"]
 
 
 def test_a_missing_field_names_those_present(tmp_path):
@@ -194,7 +194,7 @@ def test_missing_and_empty_inputs_are_one_line(tmp_path):
         ([tmp_path / "nowhere.txt"], "nowhere.txt: no such file or directory"),
         ([tmp_path / "empty"], "holds no file"),
         ([f"{tmp_path}/*.json"], r"\*\.json: matches no file"),
-        ([tmp_path / "blank.txt"], "no documents in 1 files, the first .*blank.txt: all are empty"),
+        ([tmp_path / "blank.txt"], "no documents in 1 file, the first .*blank.txt: all are empty"),
     ]:
         with pytest.raises(DataError, match=message) as caught:
             list(read(inputs))

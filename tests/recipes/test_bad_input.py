@@ -19,12 +19,11 @@ from puna.engine.llm import LLM
 from puna.errors import CheckpointError, InputError, ResourceError, SettingsError
 from puna.model.presets import PRESETS
 from puna.recipes.answering.generate import generate
-from puna.recipes.training import session
+from puna.recipes.training import opening, session
 from puna.recipes.training.pretrain import pretrain
 from puna.recipes.training.settings import ModelSettings, PretrainSettings
 from puna.settings import read_settings
 from puna.train.objectives import language_modelling
-from puna.train.optimizer import OptimizerSettings
 from tests.recipes.conftest import tiny
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -86,11 +85,46 @@ def test_a_run_that_cannot_go_on_keeps_its_settings(
     run = shutil.copytree(finished[0], tmp_path / "run")
     written = (run / "run.toml").read_bytes()
     stored = read_settings(PretrainSettings, run / "run.toml", [f"out={run}"])
-    changed = stored.model_copy(update={"optimizer": OptimizerSettings(name="muon", learning_rate=3e-3)})
-    with pytest.raises(CheckpointError, match="momentum"):
+    fields = {**stored.model.fields, "intermediate_size": 96}
+    changed = stored.model_copy(update={"model": ModelSettings(fields=fields)})
+    with pytest.raises(
+        CheckpointError, match=r"step-30: of another model than .*\(.*96.*\); put them back, or"
+    ):
         pretrain(changed, resume=True, allow_changes=True, say=lambda line: None)
     assert (run / "run.toml").read_bytes() == written
     assert pretrain(stored, resume=True, say=lambda line: None)["steps"] == stored.length.steps
+
+
+STATE = [("optimizer", {"name": "muon"}, "optimizer.name: 'adamw' → 'muon'")]
+STATE += [
+    ("precision", {"dtype": "bfloat16", "weights": "bfloat16"}, "precision.weights: 'float32' → 'bfloat16'")
+]
+
+
+@pytest.mark.parametrize(("group", "changes", "told"), STATE)
+@pytest.mark.parametrize("allowed", [False, True])
+def test_what_the_saved_state_is_made_of_cannot_be_allowed_to_change(
+    text: Path, finished: tuple[Path, dict[str, Any]], allowed: bool, group: str, changes: Any, told: str
+) -> None:
+    """What is possible instead is told before the text is read."""
+    lines: list[str] = []
+    with pytest.raises(
+        CheckpointError, match="begin a new run from this one's model, with init_from"
+    ) as caught:
+        pretrain(
+            tiny(finished[0], text, **{group: changes}), resume=True, allow_changes=allowed, say=lines.append
+        )
+    assert told in str(caught.value)
+    assert "--allow-changes" not in str(caught.value)
+    assert lines == []
+
+
+def test_a_papers_model_misspelt_is_told_beside_what_its_recipe_would_have_brought() -> None:
+    given = ["out=x", "data.train=['t']", "tokenizer.path=t", "model.preset=llama-7"]
+    with pytest.raises(
+        SettingsError, match=r"'length' is required; 'model\.preset': no preset .* Did you mean 'llama-7b'\?"
+    ):
+        read_settings(PretrainSettings, None, given)
 
 
 def test_a_prompt_too_long_for_samples(tmp_path: Path, text: Path) -> None:
@@ -117,7 +151,7 @@ def test_a_batch_too_large_for_memory(tmp_path: Path, text: Path, monkeypatch: p
     def full(*arguments: Any) -> None:
         raise ResourceError("out of memory")
 
-    monkeypatch.setattr(session, "rehearse", full)
+    monkeypatch.setattr(opening, "rehearse", full)
     with pytest.raises(ResourceError):
         pretrain(tiny(tmp_path / "run", text))
     assert list(tmp_path.iterdir()) == []

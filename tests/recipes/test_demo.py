@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from puna.errors import SettingsError
+from puna.errors import Interrupted, PunaError, ResourceError, SettingsError
 from puna.progress import silent
 from puna.recipes import demo
 from puna.recipes.training.settings import PretrainSettings
-from puna.train.run import RunDirectory
+from puna.settings import read_settings, to_toml
+from puna.train.run import GO_ON, RunDirectory
 
 SMALL = {
     "length": {"steps": 8},
@@ -99,14 +100,41 @@ def test_next_commands_work(ran: tuple[Path, list[str], dict[str, Any]], number:
 
 
 def test_the_last_next_command_has_valid_settings(ran: tuple[Path, list[str], dict[str, Any]]) -> None:
-    from puna.settings import read_settings
-
     command = shlex.split(demo.next_commands(RunDirectory(ran[0]))[2])
     assert command[1] == "pretrain"
     longer = read_settings(PretrainSettings, Path(command[2]), command[3:])
     assert longer.length.minutes == 30
     assert longer.length.steps is None
     assert longer.out != str(ran[0])
+
+
+STOPS = [
+    (Interrupted(2, f"state is saved: {GO_ON}"), "state is saved: continue with the same command"),
+    (ResourceError(f"free some space, then {GO_ON}"), "free some space, then continue with the same command"),
+]
+
+
+@pytest.mark.parametrize(("stop", "told"), STOPS)
+def test_a_stopped_demo_is_not_told_of_an_option_that_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: PunaError, told: str
+) -> None:
+    def stopped(*given: Any, **named: Any) -> dict[str, Any]:
+        raise stop
+
+    monkeypatch.setattr(demo, "pretrain", stopped)
+    with pytest.raises(type(stop)) as caught:
+        demo.run_demo(tmp_path / "run", 10.0, lambda line: None, silent)
+    assert str(caught.value) == told
+    assert caught.value.exit_code == stop.exit_code
+
+
+def test_another_run_is_not_taken_for_a_demo(tmp_path: Path) -> None:
+    given = ["out=x", "length.steps=6", "data.train=['t']", "tokenizer.path=t", "model.preset=puna-1m"]
+    (tmp_path / "run.toml").write_text(to_toml(read_settings(PretrainSettings, None, given)))
+    with pytest.raises(
+        SettingsError, match="holds a run that is no demo; choose another directory with --dir"
+    ):
+        demo.run_demo(tmp_path, 10.0, lambda line: None, silent)
 
 
 def test_too_short_is_refused(tmp_path: Path) -> None:

@@ -489,6 +489,7 @@ def test_options_are_checked_before_a_model_is_opened(tmp_path: Path) -> None:
     for changes, message in (
         (["temprature=1"], "Did you mean 'temperature'"),
         (["engine.cache_dtyp=int8"], "Did you mean 'cache_dtype'"),
+        (["cache_dtype=int8"], "Did you mean 'engine.cache_dtype'"),
         (["engine=3"], "engine is a table"),
         (["top_k"], "expected key=value"),
         (["top_k=-1"], "'top_k'"),

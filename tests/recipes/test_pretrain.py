@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import math
 import os
+import shutil
 import signal
 import weakref
 from itertools import pairwise
@@ -23,11 +25,13 @@ from puna.errors import (
     InputError,
     Interrupted,
     PunaError,
+    ResourceError,
     SettingsError,
     TokenizerError,
 )
+from puna.formats import saving
 from puna.progress import silent
-from puna.recipes.training import session
+from puna.recipes.training import opening, session
 from puna.recipes.training.length import seconds_per_update
 from puna.recipes.training.pretrain import pretrain
 from puna.recipes.training.settings import PretrainSettings
@@ -312,6 +316,83 @@ def test_a_directory_with_a_run_is_refused_without_resume(
 ) -> None:
     with pytest.raises(CheckpointError, match="--resume"):
         quiet(tiny(finished[0], text))
+
+
+def resumed(finished: Path, copy: Path, recorded: dict[str, Any]) -> list[str]:
+    """What a run says first when it goes on, and was begun where the machine was on record like this."""
+    run = shutil.copytree(finished, copy)
+    (run / "environment.json").write_text(json.dumps(recorded))
+    lines: list[str] = []
+    settings = read_settings(PretrainSettings, run / "run.toml", [f"out={run}"])
+    pretrain(settings, resume=True, say=lines.append)
+    assert [record["text"] for record in records(run, "event")] == [
+        line for line in lines if "machine" in line
+    ]
+    return [line for line in lines if "machine" in line]
+
+
+def test_another_memory_policy_than_the_run_began_with_is_told(
+    tmp_path: Path, finished: tuple[Path, dict[str, Any]]
+) -> None:
+    """It is chosen by the machine and by other settings, and decides about the last bits."""
+    recorded = json.loads((finished[0] / "environment.json").read_text())
+    assert recorded["memory_policy"] == "none"  # of a model with dropout
+    other = resumed(finished[0], tmp_path / "other", {**recorded, "memory_policy": "paper"})
+    assert other == ["machine changed (rounding may differ): memory_policy: 'paper' → 'none'"]
+    del recorded["memory_policy"]  # as versions before did
+    older = resumed(finished[0], tmp_path / "older", recorded)
+    assert older == ["machine perhaps changed: memory_policy is 'none', and was not recorded before"]
+
+
+def test_a_disk_that_fills_while_the_model_is_exported_is_no_harm_to_the_run(
+    tmp_path: Path, text: Path, finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exports: list[Path] = []
+
+    def full(path: Path) -> None:
+        exports.append(path)
+        if len(exports) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "sync_tree", full)
+        with pytest.raises(
+            ResourceError, match=r"while exporting \S+model \(.* free\); .*continue with --resume$"
+        ):
+            quiet(tiny(out, text))
+    assert not list(out.rglob("*.tmp-*"))
+    assert puna.load(out, device="cpu").config.hidden_size == 32  # the model of before
+    quiet(tiny(out, text), resume=True)
+    assert bare(out) == bare(finished[0])
+
+
+def test_stopped_while_text_is_read_says_how_to_go_on(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(*given: Any) -> Any:
+        raise KeyboardInterrupt
+
+    settings = tiny(tmp_path / "run", text, length={"steps": 6})
+    with monkeypatch.context() as patch:
+        patch.setattr(opening, "open_corpus", pressed)
+        with pytest.raises(Interrupted, match=r"continue with --resume$") as stopped:
+            quiet(settings)
+    assert stopped.value.exit_code == 130
+    assert quiet(settings, resume=True)["steps"] == 6
+
+
+def test_stopped_while_speed_is_measured_claims_no_step(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*given: Any, **named: Any) -> None:
+        raise Interrupted(signal.SIGTERM, "stopped by SIGTERM at step 7; state is saved")
+
+    monkeypatch.setattr(opening, "train", asked)
+    told = "stopped by SIGTERM while measuring speed; what was done before is kept: continue with --resume"
+    with pytest.raises(Interrupted, match=told) as stopped:
+        quiet(tiny(tmp_path / "run", text, length={"steps": None, "minutes": 1}))
+    assert stopped.value.exit_code == 143
 
 
 def test_changed_meaning_is_refused(text: Path, finished: tuple[Path, dict[str, Any]]) -> None:

@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from puna.errors import CheckpointError, ResourceError
+from puna.formats.huggingface.safetensors_layout import CODES
 from puna.train import checkpoint
-from puna.train.checkpoint import DTYPES, newest, prune, read, save, steps
+from puna.train.checkpoint import newest, prune, read, save, steps
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 
@@ -69,7 +70,7 @@ def random_bits(dtype: torch.dtype, *shape: int) -> Tensor:
     return raw.view(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", CODES, ids=str)
 def test_every_number_type_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     named = {
         "matrix": random_bits(dtype, 3, 5),

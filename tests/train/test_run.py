@@ -17,13 +17,15 @@ import torch
 
 from puna.errors import CheckpointError, InputError, ModelError, ResourceError, RunBusyError
 from puna.formats.opening import model_path
-from puna.settings import Difference, Settings, layout, neutral
+from puna.formats.saving import written_aside
+from puna.settings import Difference, Settings, fixed, layout, neutral
 from puna.train.run import RunDirectory, compare, environment
 
 ROOT = Path(__file__).parents[2]
 
 
 class Optimizer(Settings):
+    name: str = fixed("adamw")
     learning_rate: float = 1e-3
 
 
@@ -207,6 +209,19 @@ def test_settings_are_compared_by_what_they_change() -> None:
     }
 
 
+@pytest.mark.parametrize("allowed", [False, True])
+def test_what_the_saved_state_fits_alone_is_refused_even_where_changes_are_allowed(allowed: bool) -> None:
+    changed = RunSettings(note="x", optimizer=Optimizer(name="muon"))
+    with pytest.raises(CheckpointError) as caught:
+        compare(RunSettings(), changed, allow_changes=allowed)
+    assert str(caught.value) == (
+        "settings that change the result differ from those of the run: "
+        + ("" if allowed else "note: None → 'x'; ")
+        + "optimizer.name: 'adamw' → 'muon'; set them back, choose another directory, or begin a new run "
+        "from this one's model, with init_from: what this run saved fits no other optimizer.name"
+    )
+
+
 def test_a_resumed_run_tells_what_changed_and_stores_it(tmp_path: Path) -> None:
     run = begun(tmp_path / "run")
     changed = RunSettings(name="second", micro_rows=2, optimizer=Optimizer(learning_rate=2e-3))
@@ -215,9 +230,9 @@ def test_a_resumed_run_tells_what_changed_and_stores_it(tmp_path: Path) -> None:
             run.begin(changed, MACHINE)
         assert run.settings(RunSettings) == RunSettings()
         assert run.begin(changed, MACHINE | {"threads": 1}, allow_changes=True) == [
-            "setting changed (layout): micro_rows: 4 → 2",
-            "setting changed (meaning): optimizer.learning_rate: 0.001 → 0.002",
-            "machine changed: threads: 2 → 1",
+            "setting changed (rounding may differ): micro_rows: 4 → 2",
+            "setting changed (the result differs): optimizer.learning_rate: 0.001 → 0.002",
+            "machine changed (rounding may differ): threads: 2 → 1",
         ]
         assert run.begin(changed, MACHINE | {"threads": 1}) == []
     assert run.settings(RunSettings) == changed
@@ -228,6 +243,16 @@ def test_a_damaged_record_of_the_machine_is_no_obstacle(tmp_path: Path) -> None:
     run.environment_file.write_text("[")
     with run.hold(resume=True):
         assert run.begin(RunSettings(), MACHINE) == []
+
+
+def test_what_earlier_versions_did_not_record_is_told_once(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run")
+    now = MACHINE | {"memory_policy": "paper"}
+    with run.hold(resume=True):
+        assert run.begin(RunSettings(), now) == [
+            "machine perhaps changed: memory_policy is 'paper', and was not recorded before"
+        ]
+        assert run.begin(RunSettings(), now) == []
 
 
 def test_the_machine_is_described() -> None:
@@ -292,6 +317,26 @@ def test_a_failed_export_keeps_the_old_model(tmp_path: Path) -> None:
         ResourceError, match=re.escape(f"No space left on device while exporting {run.model}")
     ):
         run.export(fail)
+    assert (run.model / "config.json").read_text() == "1"
+    assert not [entry for entry in run.path.iterdir() if ".tmp-" in entry.name]
+
+
+def test_a_disk_full_while_a_model_is_written_is_told_as_in_any_part_of_the_run(tmp_path: Path) -> None:
+    """Who writes models for everybody advises to save them again; here the run is to be gone on with."""
+    run = begun(tmp_path / "run")
+    run.export(write_model(1))  # type: ignore[arg-type]
+
+    def save(directory: Path) -> None:
+        with written_aside(directory) as temporary:
+            temporary.mkdir()
+            (temporary / "config.json").write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ResourceError) as caught:
+        run.export(save)
+    told = str(caught.value)
+    assert told.startswith(f"No space left on device while exporting {run.model} (")
+    assert told.endswith("; what was saved before is whole; free some space, then continue with --resume")
     assert (run.model / "config.json").read_text() == "1"
     assert not [entry for entry in run.path.iterdir() if ".tmp-" in entry.name]
 

@@ -47,7 +47,7 @@ def sampling_options(
     engine = values.pop("engine", {})
     if not isinstance(engine, dict):
         raise SettingsError(f"engine is a table: write engine.key=value, got engine={engine!r}")
-    params = parse(SamplingParams, values, "sampling")
+    params = parse(SamplingParams, values, "sampling", beside={"engine": EngineSettings})
     if not several:
         refuse_several(params)
     return SamplingOptions(values, parse(EngineSettings, engine, "engine"))

@@ -17,12 +17,14 @@ from puna.data.readers import read
 from puna.data.shards import TokenSet
 from puna.data.stdlib import StandardLibrary, standard_library
 from puna.errors import DataError, ModelError, SettingsError, nearest
+from puna.files import disk_errors
 from puna.parallel import World
 from puna.progress import Track
 from puna.recipes.training.compression import Compression, compress
 from puna.recipes.training.settings import DataSettings, PretrainSettings
 from puna.tokenizer.tokenizer import Tokenizer
 from puna.tokenizer.train import train as train_tokenizer
+from puna.train.run import ADVICE
 
 Say = Callable[[str], None]
 STDLIB = "python-stdlib"
@@ -70,7 +72,9 @@ def open_corpus(settings: PretrainSettings, directory: Path, world: World, say: 
         tokenizer = _tokenizer(settings, library, directory / "tokenizer", track)
         prepared = _prepare(settings.data, library, tokenizer, directory / "data", track)
         if library is not None:
-            library.write_manifest(directory / "corpus.json")
+            manifest = directory / "corpus.json"
+            with disk_errors(f"writing {manifest}", directory, DataError, ADVICE):
+                library.write_manifest(manifest)
         for line in prepared.report:
             say(line)
     world.barrier()

@@ -1,11 +1,12 @@
 """Pretraining: settings in, a trained model directory out.
 
 Hold the run directory, refuse what changed, open text and model, train, and undo what bad input began.
-What happens in between is in session.py.
+What is between is in opening.py and session.py.
 """
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,12 +18,13 @@ from puna.devices import choose_device
 from puna.errors import InputError
 from puna.parallel import World
 from puna.progress import Track, silent
-from puna.recipes.training.session import Session
+from puna.recipes.training import parts
+from puna.recipes.training.opening import Place, open_session
 from puna.recipes.training.settings import PretrainSettings
 from puna.train.determinism import make_deterministic
 from puna.train.memory import keep_freed_memory
 from puna.train.precision import Precision
-from puna.train.run import RunDirectory, environment
+from puna.train.run import RunDirectory, environment, stopped
 
 Say = Callable[[str], None]
 
@@ -43,7 +45,7 @@ def pretrain(
 
     Raises:
         InputError: settings, text, tokenizer, model or run directory cannot be used.
-        Interrupted: a signal came; state was saved.
+        Interrupted: a signal came; what was done so far is saved.
         PunaError: too many steps in a row were not finite; state was saved.
     """
     world = parallel.start()
@@ -51,6 +53,10 @@ def pretrain(
         say, track = _nothing, silent
     try:
         return _run(settings, world, resume, allow_changes, say, track)
+    except KeyboardInterrupt:  # outside the loop, which finishes its step and saves
+        if not RunDirectory(Path(settings.out)).exists:
+            raise
+        raise stopped(signal.SIGINT, "before or after its updates") from None
     finally:
         parallel.stop()
 
@@ -62,15 +68,17 @@ def _run(
     run = RunDirectory(Path(settings.out))
     device = choose_device(settings.device, world.local_rank)
     precision = Precision.of(settings.precision, device)
+    place = Place(run, world, device, precision, say, track, began)
     make_deterministic(settings.determinism, device)
     keep_freed_memory(device)
     with run.hold(resume=resume) if world.leads else nullcontext():
         settings = _with_stored_length(settings, run)
         with _undone_on_bad_input(run) if world.leads else nullcontext():
-            machine = environment(device)
+            policy = parts.memory_policy(settings, device, precision)
+            machine = environment(device) | {"memory_policy": policy}
             changes = run.begin(settings, machine, allow_changes=allow_changes) if world.leads else []
             world.barrier()
-            session = Session.open(settings, run, world, device, precision, say, track, began)
+            session = open_session(settings, place, policy)
             offset = session.take_up_newest() if resume else None
         for line in changes:
             say(line)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from puna.errors import SettingsError
+from puna.errors import ModelError, SettingsError
 from puna.model.config import ModelConfig
 from puna.model.presets import PAPER_TRAINING, preset
 from puna.settings import Settings, layout, neutral, parse
@@ -29,12 +29,22 @@ class ModelSettings(Settings):
     preset: str | None = None
     fields: dict[str, Any] = {}
 
+    @field_validator("preset")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        """Found first: a paper's model misspelt would bring no recipe, and its settings be missed instead."""
+        try:
+            if name is not None:
+                preset(name)
+        except ModelError as error:
+            raise ValueError(str(error)) from None
+        return name
+
     def config(self, vocab_size: int, row_length: int) -> ModelConfig:
         """The config these settings make; its context holds a training row.
 
         Raises:
             SettingsError: the fields do not make a model.
-            ModelError: there is no such preset.
         """
         if self.preset is None and not self.fields:
             raise SettingsError("model: give model.preset, model.fields, or init_from (a model directory)")
@@ -184,7 +194,6 @@ class PretrainSettings(Settings):
 
         Raises:
             SettingsError: the fields do not make a model, or warm-up takes the whole run.
-            ModelError: there is no such preset.
         """
         if self.init_from is None:
             self.model.config(1, self.data.row_length)  # whatever the vocabulary comes to

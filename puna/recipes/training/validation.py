@@ -12,7 +12,7 @@ from torch import nn
 
 from puna.data.batches import Batch
 from puna.parallel import World
-from puna.progress import Track, silent
+from puna.progress import Track, counted, silent
 from puna.train.memory import memory_errors
 from puna.train.objectives import Objective
 from puna.train.precision import Precision
@@ -57,7 +57,7 @@ def validate(
     loss_sum, count = 0.0, 0.0
     with track(label, total, "tok") as bar:
         for batch in islice(batches, world.rank, None, world.size):
-            with memory_errors(f"scoring {len(batch.tokens):,} rows at once"), precision.autocast():
+            with memory_errors(f"scoring {counted(len(batch.tokens), 'row')} at once"), precision.autocast():
                 batch_loss, batch_count, _ = objective(model, batch.to(device))
             loss_sum += float(batch_loss)
             count += float(batch_count)
