@@ -71,12 +71,13 @@ def convert(
     from puna.recipes.models import ModelChoice
     from puna.settings import overridden
 
+    choice = ModelChoice(source, revision, cache_dir)
     result = run(
-        ModelChoice(source, revision, cache_dir).source(),
+        choice.source(),
         destination,
         to or format_of(destination),
         overridden(given(dtype=dtype, shards=shards, shard_bytes=shard_bytes), change or ()),
-        origin=source if revision is None else f"{source} at revision {revision}",
+        origin=choice.origin,
         tokenizer=tokenizer,
         weights_only=weights_only,
         verify=VerifySettings(low_memory=low_memory) if verify else None,

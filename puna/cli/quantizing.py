@@ -21,7 +21,10 @@ from puna.cli.printing import emit
 def quantize(
     source: Model,
     destination: Annotated[Path, typer.Argument(help="A directory, which transformers opens too.")],
-    scheme: Annotated[str | None, typer.Option(help="int8, int4, gptq or nf4.", show_default="int8")] = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option(help="int8, int4, gptq or nf4; or with a group, as int8:32.", show_default="int8"),
+    ] = None,
     group: Annotated[
         int | None,
         typer.Option(
@@ -63,7 +66,9 @@ def quantize(
             "--set", help="Another setting as key=value, such as embeddings=int8 or calibration.sequences=32."
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what a stopped run left.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what a stopped run left, by its options.")
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a model that is there; begin a stopped run again.")
     ] = False,
@@ -76,7 +81,6 @@ def quantize(
 
     One layer is in memory at a time. A stopped run is gone on with by --resume, bit for bit.
     """
-    import puna.tokenizer
     from puna.progress import on_stderr
     from puna.recipes.models import ModelChoice
     from puna.recipes.quantization.run import quantize as run
@@ -84,16 +88,17 @@ def quantize(
 
     options = given(scheme=scheme, group=group, measure=None if measure else False)
     chosen = read_quantize_settings(settings, options, exceptions or (), change or ())
+    choice = ModelChoice(source, revision, cache_dir)
     result = run(
-        ModelChoice(source, revision, cache_dir).source(),
+        choice.source(),
         destination,
         chosen,
         calibration=calibration or (),
         measure_on=measure_on or (),
-        tokenizer=None if tokenizer is None else puna.tokenizer.load(tokenizer),
+        tokenizer=tokenizer,
         resume=resume,
         force=force,
-        origin=source if revision is None else f"{source} at revision {revision}",
+        origin=choice.origin,
         say=print,
         track=on_stderr,
     )

@@ -20,7 +20,7 @@ from puna.formats.packed import canonical, plain
 from puna.formats.source import Source
 from puna.model.weights import Packed
 from puna.quantize.loading import runs
-from puna.quantize.recipe import Recipe, choices, settled
+from puna.quantize.recipe import Recipe, choices, settled, told
 from puna.quantize.release import release, trim
 from puna.quantize.schemes import SCHEMES, Format, quantized
 from puna.settings import parse
@@ -39,7 +39,8 @@ def quantization(asked: str | Recipe | Mapping[str, Any] | None) -> Recipe | Non
     if isinstance(asked, str):
         asked = {"scheme": asked}
     recipe = asked if isinstance(asked, Recipe) else parse(Recipe, asked, "quantize")
-    named = (recipe.scheme, recipe.embeddings, recipe.output, *recipe.exceptions.values())
+    asked_of_parts = (recipe.embeddings, recipe.output, *recipe.exceptions.values())
+    named = (recipe.scheme, *(how.partition(":")[0] for how in asked_of_parts))
     slow = next((name for name in named if name in SCHEMES and SCHEMES[name].calibrated), None)
     if slow is not None:
         raise SettingsError(
@@ -64,10 +65,12 @@ class Arriving:
         self._formats: dict[str, Format] = {}
         self._expanded: Counter[str] = Counter()
         self._nf4 = 0
+        self._told: tuple[str, ...] = ()
         if recipe is not None:
             _check_plain(source, recipe)
             chosen = choices(settled(recipe, source.dtype), source.config)
             self._formats = {name: each.format for name, each in chosen.items()}
+            self._told = tuple(told(recipe, source.config))
 
     def __iter__(self) -> Iterator[tuple[str, Tensor | Packed]]:
         left = 0  # bytes copied since the last time that what was freed was given back
@@ -85,7 +88,7 @@ class Arriving:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know, a sentence each."""
-        notes = []
+        notes = [*self._told]
         if self._expanded:
             each = ", ".join(f"{count} of {scheme}" for scheme, count in self._expanded.most_common())
             kind = str(self._dtype).removeprefix("torch.")

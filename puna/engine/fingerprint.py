@@ -7,7 +7,7 @@ import hashlib
 from torch import Tensor
 
 from puna.engine.llm import LLM
-from puna.formats.huggingface.safetensors_writer import payload
+from puna.formats.huggingface.safetensors_layout import payload
 from puna.model.weights import Packed, sampled
 
 ROWS = 8  # of each tensor that tell two models apart

@@ -20,11 +20,11 @@ from puna.engine.params import SamplingParams
 from puna.engine.prompts import Messages, Prompt, as_ids, is_batch, is_conversation, pair
 from puna.engine.settings import EngineSettings
 from puna.engine.stream import Stream
-from puna.errors import InputError, PunaError
+from puna.errors import InputError, ModelError, PunaError
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
 from puna.model.rope import DynamicScaling
-from puna.model.weights import weights_of
+from puna.model.weights import shapes, weights_of
 from puna.quantize import packing
 from puna.settings import parse
 from puna.tokenizer.tokenizer import Tokenizer
@@ -97,12 +97,14 @@ class LLM:
         """What computes the answers; made at first use, and anew where the model was rebuilt since.
 
         Raises:
+            ModelError: a tensor of the model is of another type than its norms.
             ResourceError: there is too little memory for keys and values.
         """
         with _REBUILDING:
             return self._engine_as_it_is()
 
     def _engine_as_it_is(self) -> Engine:
+        _check_types(self.model)
         if self._packs:
             self.pack()
         structure = _structure(self.model, self.engine_settings)
@@ -361,6 +363,21 @@ def _structure(model: Llama, settings: EngineSettings) -> Structure:
     """What an engine is made for; its number types, device, modules and settings."""
     weight = model.model.norm.weight  # not the embedding's, which may be of whole numbers
     return weight.dtype, weight.device, settings, [id(module) for module in model.modules()]
+
+
+def _check_types(model: Llama) -> None:
+    """Products of two types are refused by torch, in words of its own, in the middle of an answer."""
+    meant = model.model.norm.weight.dtype
+    odd = {name: p.dtype for name, p in model.named_parameters() if p.dtype != meant}
+    if not odd:
+        return
+    own = {*shapes(model.config), "lm_head.weight"}  # packed matrices' scales have types of their own
+    name = next((name for name, dtype in odd.items() if name in own and dtype.is_floating_point), None)
+    if name is not None:
+        raise ModelError(
+            f"{name} is {odd[name]} and model.norm.weight {meant}; answers are computed in one type: "
+            f"llm.model.to({meant}) gives the model one"
+        )
 
 
 def _submitted(engine: Engine, request: Request | PunaError) -> Answer | PunaError:

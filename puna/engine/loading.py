@@ -45,8 +45,9 @@ def load(
         path: where the model is.
         dtype: float32, bfloat16, float16, float64; auto takes bfloat16 where the hardware multiplies in it.
         device: auto, cpu, cuda or mps.
-        quantize: int8, int4 or nf4 rounds the matrices to the nearest as they are read, none of which needs
-            memory for more than one in full precision; or a recipe, as `puna quantize` takes it.
+        quantize: int8, int4 (by groups: int8:32, int4:128) or nf4 rounds the matrices to the nearest as they
+            are read, none of which needs memory for more than one in full precision; or a recipe, as
+            `puna quantize` takes it.
         tokenizer: takes the place of the model's own.
         revision: of a hub id: a branch, tag or commit.
         cache_dir: where downloads from the hub are kept; its usual place unless given.

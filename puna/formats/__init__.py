@@ -20,6 +20,7 @@ casting.py       tensors in the types to store, checked on the way
 packed.py        low-bit matrices, packed and expanded
 blocks.py        GGUF's blocks, expanded
 rotary.py        half-split and interleaved rotary pairs
+watching.py      files that must not become shorter while they are mapped
 beside.py        the tokenizer beside a model file that carries none
 json_files.py    small JSON objects, read with bounds
 """

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from puna.errors import ModelError
 from puna.files import aside
@@ -16,6 +16,8 @@ from puna.formats.huggingface import directory as huggingface
 from puna.formats.llama2c import file as llama2c
 from puna.formats.meta import directory as meta
 from puna.formats.source import Source
+from puna.formats.watching import Watched, look_at
+from puna.model.weights import Weights
 from puna.settings import Settings
 
 _RUN_MARK = "run.toml"  # what every run directory holds
@@ -24,6 +26,15 @@ _PARTS = (  # files that are a model only together with others in their director
     *("config.json", "*.index.json", "*.safetensors", "pytorch_model*.bin"),
     *("params.json", "consolidated.*.pth"),
 )
+
+
+class _Functions(Protocol):
+    """What the module of a format has; `Format` tells what each does."""
+
+    def recognises(self, path: Path, /) -> bool: ...
+    def read(self, path: Path, /) -> Source: ...
+    def obstacles(self, content: Content, settings: Any, /) -> Iterable[Obstacle]: ...
+    def write(self, target: Path, content: Content, settings: Any, record: Record, /) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -53,47 +64,42 @@ class Format:
     takes_packed: bool
 
 
+def _format(
+    module: _Functions,
+    settings: type[Settings],
+    description: str,
+    *,
+    is_directory: bool = False,
+    takes_packed: bool = True,
+) -> Format:
+    return Format(
+        description,
+        module.recognises,
+        module.read,
+        settings,
+        module.obstacles,
+        module.write,
+        is_directory,
+        takes_packed,
+    )
+
+
 FORMATS = {
-    "hf": Format(
-        description="a directory with config.json and *.safetensors or pytorch_model*.bin",
-        recognises=huggingface.recognises,
-        read=huggingface.read,
-        settings=huggingface.HuggingFaceSettings,
-        obstacles=huggingface.obstacles,
-        write=huggingface.write,
+    "hf": _format(
+        huggingface,
+        huggingface.HuggingFaceSettings,
+        "a directory with config.json and *.safetensors or pytorch_model*.bin",
         is_directory=True,
-        takes_packed=True,
     ),
-    "meta": Format(
-        description="a directory with params.json and consolidated.*.pth",
-        recognises=meta.recognises,
-        read=meta.read,
-        settings=meta.MetaSettings,
-        obstacles=meta.obstacles,
-        write=meta.write,
+    "meta": _format(
+        meta,
+        meta.MetaSettings,
+        "a directory with params.json and consolidated.*.pth",
         is_directory=True,
         takes_packed=False,
     ),
-    "llama2c": Format(
-        description="a .bin or ckpt.pt of llama2.c",
-        recognises=llama2c.recognises,
-        read=llama2c.read,
-        settings=llama2c.Llama2cSettings,
-        obstacles=llama2c.obstacles,
-        write=llama2c.write,
-        is_directory=False,
-        takes_packed=True,
-    ),
-    "gguf": Format(
-        description="a .gguf file",
-        recognises=gguf.recognises,
-        read=gguf.read,
-        settings=gguf.GgufSettings,
-        obstacles=gguf.obstacles,
-        write=gguf.write,
-        is_directory=False,
-        takes_packed=True,
-    ),
+    "llama2c": _format(llama2c, llama2c.Llama2cSettings, "a .bin or ckpt.pt of llama2.c"),
+    "gguf": _format(gguf, gguf.GgufSettings, "a .gguf file"),
 }
 
 
@@ -111,10 +117,12 @@ def open_model(path: str | Path) -> Source:
         format = next((f for f in FORMATS.values() if readable and f.recognises(path)), None)
         found = None if format or not path.is_dir() else _single_files(path)
         what = _what_is_at(path)
+        files = look_at(path) if format else ()
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
     if format is not None:
-        return format.read(path)
+        source = format.read(path)
+        return replace(source, weights=Weights(source.config, Watched(source.weights, files)))
     if found and len(found) == 1:
         return open_model(found[0])
     if found:

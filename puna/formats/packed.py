@@ -105,14 +105,13 @@ def described(packed: Packed) -> str:
     if packed.scales is None:
         return packed.scheme
     kind = str(packed.scales.dtype).removeprefix("torch.")
-    if packed.scheme == "nf4":
-        return f"nf4 in blocks of 64 with {kind} scales"
     return in_words(packed.scheme, packed.shape[1], packed.scales.shape[1], kind)
 
 
 def in_words(scheme: str, columns: int, groups: int, scales: str) -> str:
     """The same of a matrix that is not at hand."""
-    where = "per channel" if groups == 1 else f"in groups of {columns // groups}"
+    parts = "blocks" if scheme == "nf4" else "groups"
+    where = "per channel" if groups == 1 and scheme != "nf4" else f"in {parts} of {columns // groups}"
     return f"{scheme} {where} with {scales} scales"
 
 

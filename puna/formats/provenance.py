@@ -17,7 +17,7 @@ from torch import Tensor
 
 from puna import __version__
 from puna.errors import ModelError
-from puna.formats.huggingface.safetensors_writer import payload
+from puna.formats.huggingface.safetensors_layout import payload
 from puna.formats.json_files import read_object, write_object
 from puna.formats.packed import canonical
 from puna.model.config import ModelConfig

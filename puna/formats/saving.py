@@ -57,7 +57,7 @@ def save(
         ResourceError: the disk is full.
     """
     target = Path(directory).resolve()
-    check_destination(target, overwrite, huggingface.recognises)
+    check_destination(target, overwrite, huggingface.recognises, "pass overwrite=True to replace it")
     if tokenizer is not None:
         end_ids = tokenizer.end_ids if end_ids is None else end_ids
         bos_id = tokenizer.bos_id if bos_id is None else bos_id
@@ -95,8 +95,15 @@ def written_aside(target: Path) -> Iterator[Path]:
                     directory.rmdir()
 
 
-def check_destination(target: Path, overwrite: bool, recognises: Callable[[Path], bool]) -> None:
+def check_destination(
+    target: Path,
+    overwrite: bool,
+    recognises: Callable[[Path], bool],
+    advice: str = "pass --force to replace it",
+) -> None:
     """Nothing is written over but an empty directory or, where that is asked for, a model.
+
+    `advice` says how the caller's own user asks for that.
 
     Raises:
         ModelError: something else is there.
@@ -105,9 +112,7 @@ def check_destination(target: Path, overwrite: bool, recognises: Callable[[Path]
         if not target.exists() or (target.is_dir() and not any(target.iterdir())):
             return
     if not overwrite:
-        raise ModelError(
-            f"{target} exists already; choose another name, or replace it (overwrite=True, --force)"
-        )
+        raise ModelError(f"{target} exists already; choose another name, or {advice}")
     if not recognises(target):
         raise ModelError(f"{target} exists and is not a model, so it is not replaced; choose another name")
     foreign = _foreign(target) if target.is_dir() else []

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, model_validator
 from torch import Tensor
 
 from puna.errors import ModelError, SettingsError, nearest
@@ -28,6 +28,7 @@ from puna.settings import Settings
 KEEP, AUTO = "keep", "auto"
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 GROUPS = (32, 128)
+_GROUPED = {f"{name}:{group}": (name, group) for name in SCHEMES if name != "nf4" for group in GROUPS}
 _NEVER = ("norm.weight", ".bias")
 
 
@@ -41,13 +42,13 @@ class Choice:
 
 def _known(value: str) -> str:
     """A choice as users write it: keep, a scheme, or a scheme and its group such as int8:32."""
-    scheme, colon, group = value.partition(":")
+    scheme, colon, _ = value.partition(":")
     if scheme not in SCHEMES and value != KEEP:
         raise ValueError(
             f"expected {KEEP} or a scheme ({', '.join(SCHEMES)}), got {value!r}."
             + nearest(scheme, [KEEP, *SCHEMES])
         )
-    if colon and (scheme == "nf4" or group not in map(str, GROUPS)):
+    if colon and value not in _GROUPED:
         raise ValueError(
             f"expected int8, int4 or gptq in groups of 32 or 128, such as int8:32, got {value!r}"
         )
@@ -75,21 +76,43 @@ How = Annotated[str, AfterValidator(_known)]
 """keep, a scheme, or a scheme and its group such as int8:32."""
 
 
+HowOrAuto = Annotated[str, AfterValidator(_known_or_auto)]
+"""The same, or auto: what `Recipe` says."""
+
+
 class Recipe(Settings):
     """How a model is quantized. Norms and biases never are.
 
-    `group` is that of the scheme, `scales` the type of all scales; None is each scheme's own choice, and
-    bfloat16 of a bfloat16 model (`settled`). The output projection (auto) is int8 where the others are whole
-    numbers, and kept in nf4 or where it is the embedding too. `exceptions` names modules or tensors by
-    pattern (`*`, `?`, `[…]`), each with what is done instead; the last that matches wins.
+    `group` is that of the scheme, which may name it too (int8:32); `scales` the type of all scales; None is
+    each scheme's own choice, and bfloat16 of a bfloat16 model (`settled`). The embedding (auto) is kept, the
+    output projection (auto) int8 where the others are whole numbers, and kept in nf4. Where the two are one
+    matrix, what is asked of one is done to both, and without that it is kept. `exceptions` names modules or
+    tensors by pattern (`*`, `?`, `[…]`), each with what is done instead; the last that matches wins.
     """
 
     scheme: Literal["int8", "int4", "gptq", "nf4"] = "int8"
     group: Literal[32, 128] | None = None
     scales: Literal["float16", "bfloat16", "float32"] | None = None
-    embeddings: How = KEEP
-    output: Annotated[str, AfterValidator(_known_or_auto)] = AUTO
+    embeddings: HowOrAuto = AUTO
+    output: HowOrAuto = AUTO
     exceptions: Annotated[dict[str, How], BeforeValidator(_joined)] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apart(cls, values: Any) -> Any:
+        """A scheme that names its group as two settings."""
+        scheme = values.get("scheme") if isinstance(values, dict) else None
+        if not isinstance(scheme, str) or scheme in SCHEMES:
+            return values
+        if scheme not in _GROUPED:
+            raise ValueError(
+                f"'scheme': expected {', '.join(SCHEMES)}, or one with a group ({', '.join(_GROUPED)}), "
+                f"got {scheme!r}.{nearest(scheme, [*SCHEMES, *_GROUPED])}"
+            )
+        name, group = _GROUPED[scheme]
+        if values.get("group") not in (None, group):
+            raise ValueError(f"scheme={scheme} and group={values['group']} differ: leave one of them out")
+        return {**values, "scheme": name, "group": group}
 
     def choice_of(self, name: str) -> Choice | None:
         """How a tensor of this name is quantized, or None where it is kept; shapes are not looked at.
@@ -98,7 +121,7 @@ class Recipe(Settings):
         """
         if name.endswith(_NEVER):
             return None
-        return self._choice(self._asked(name))
+        return self._choice(self._settled(name))
 
     def format_of(self, name: str, shape: tuple[int, ...]) -> Format | None:
         """The numbers that a tensor becomes, or None where it is kept.
@@ -112,21 +135,18 @@ class Recipe(Settings):
         allowed(name, shape, choice.format)
         return choice.format
 
-    def _asked(self, name: str) -> str:
-        """What the recipe says of a tensor, as users write it."""
+    def asked(self, name: str) -> str:
+        """What the recipe says of a matrix of this name, as users write it; auto where it says nothing."""
         matching = [how for pattern, how in self.exceptions.items() if matches(pattern, name)]
         if matching:
             return matching[-1]
-        if name == EMBEDDING:
-            return self.embeddings
-        if name == OUTPUT:
-            return self._output()
-        return self.scheme
+        return {EMBEDDING: self.embeddings, OUTPUT: self.output}.get(name, self.scheme)
 
-    def _output(self) -> str:
-        if self.output != AUTO:
-            return self.output
-        return KEEP if self.scheme == "nf4" else "int8"
+    def _settled(self, name: str) -> str:
+        how = self.asked(name)
+        if how != AUTO:
+            return how
+        return "int8" if name == OUTPUT and self.scheme != "nf4" else KEEP
 
     def _choice(self, how: str) -> Choice | None:
         if how == KEEP:
@@ -172,13 +192,24 @@ def choices(recipe: Recipe, config: ModelConfig) -> dict[str, Choice]:
     known = shapes(config)
     _check(recipe, config, known)
     found = {}
+    shared = config.tie_word_embeddings and recipe.asked(EMBEDDING) == AUTO != recipe.asked(OUTPUT)
     for name, shape in known.items():
-        tied = name == EMBEDDING and config.tie_word_embeddings and recipe.embeddings == KEEP
-        choice = recipe.choice_of(OUTPUT if tied and recipe.output != AUTO else name)
+        choice = recipe.choice_of(OUTPUT if shared and name == EMBEDDING else name)
         if choice is not None:
             allowed(name, shape, choice.format)
             found[name] = choice
     return found
+
+
+def told(recipe: Recipe, config: ModelConfig) -> Iterator[str]:
+    """What is done beyond what a recipe asks, a sentence each."""
+    embedding, output = (recipe.asked(name) for name in (EMBEDDING, OUTPUT))
+    if config.tie_word_embeddings and (embedding == AUTO) != (output == AUTO):
+        one, other = "output projection", "embedding"
+        if output == AUTO:
+            one, other = other, one
+        how = embedding if output == AUTO else output
+        yield f"{how} is asked of the {one}, and so the {other} is: in this model they are one matrix"
 
 
 def not_quantized(name: str, value: Tensor | Packed) -> Tensor:
@@ -198,7 +229,7 @@ def not_quantized(name: str, value: Tensor | Packed) -> Tensor:
 def _check(recipe: Recipe, config: ModelConfig, known: dict[str, tuple[int, ...]]) -> None:
     _check_nf4(recipe)
     _check_ends(recipe, config)
-    matrices = [name for name in known if not name.endswith(_NEVER)]
+    matrices = [*dict.fromkeys((*(name for name in known if not name.endswith(_NEVER)), OUTPUT))]
     for pattern in recipe.exceptions:
         if not any(matches(pattern, name) for name in matrices):
             raise SettingsError(
@@ -220,21 +251,21 @@ def _check_nf4(recipe: Recipe) -> None:
 
 def _check_ends(recipe: Recipe, config: ModelConfig) -> None:
     """The embedding and the output projection, which may be one."""
+    embedding, output = (recipe.asked(name) for name in (EMBEDDING, OUTPUT))
     tied = config.tie_word_embeddings
-    if tied and len({recipe.embeddings, recipe.output} - {KEEP, AUTO}) > 1:
+    if tied and AUTO not in (embedding, output) and embedding != output:
         raise SettingsError(
-            f"embeddings={recipe.embeddings} and output={recipe.output} differ, but in this model they are "
-            "one matrix: set one of them"
+            f"the embedding is to be {embedding} and the output projection {output}, but in this model they "
+            "are one matrix: ask one thing of both, or of one of them"
         )
     choice = recipe.choice_of(EMBEDDING)
     if choice is not None and choice.scheme == "gptq":
         raise SettingsError(
             "embeddings cannot be gptq, since they take no inputs: set embeddings=int4 or int8"
         )
-    if tied and recipe.output in ("gptq", "nf4"):
+    if tied and output.partition(":")[0] in ("gptq", "nf4"):
         raise SettingsError(
-            f"output={recipe.output} is not for a matrix that is the embedding too: "
-            "set output=int8, int4 or keep"
+            f"output={output} is not for a matrix that is the embedding too: set output=int8, int4 or keep"
         )
 
 

@@ -25,6 +25,11 @@ class ModelChoice:
     tokenizer: Path | None = None
     quantize: str | None = None
 
+    @property
+    def origin(self) -> str:
+        """Where it came from, for the record of what is made of it."""
+        return self.name if self.revision is None else f"{self.name} at revision {self.revision}"
+
     def source(self) -> formats.Source:
         """The model, opened; no tensor read.
 

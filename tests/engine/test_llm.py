@@ -54,6 +54,21 @@ def test_greedy_equals_transformers(name: str, tmp_path: Path) -> None:
     assert found.tokens == tuple(greedy_by_whole_passes(model, prompt[0].tolist(), 40))
 
 
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head", "model.layers.1.mlp.up_proj"])
+def test_a_part_in_another_type_is_told_and_mended_as_told(name: str, packs: bool) -> None:
+    model = model_of(CONFIGS["grouped"]).eval()
+    meant = LLM(model).generate([3, 4, 5], max_new_tokens=4, temperature=0.0)
+    llm = LLM(model, packs=packs)
+    llm.model.get_submodule(name).to(torch.bfloat16)
+    with pytest.raises(
+        ModelError, match=rf"{name}\.weight is torch\.bfloat16 .* llm\.model\.to\(torch\.float32\)"
+    ):
+        llm.generate([3, 4, 5], max_new_tokens=4, temperature=0.0)
+    llm.model.to(torch.float32)
+    assert len(llm.generate([3, 4, 5], max_new_tokens=4, temperature=0.0).tokens) == len(meant.tokens)
+
+
 def test_dynamic_ntk_reaches_past_its_training_length() -> None:
     model = model_of(CONFIGS["dynamic"])  # trained at 16, factor 2
     prompt = ids_of(model.config, 1, 6)[0].tolist()
@@ -290,7 +305,7 @@ def test_saved_and_loaded_is_the_same(llm: LLM, tmp_path: Path) -> None:
     wanted = {"seed": 5, "max_new_tokens": 20}
     assert again.generate(PROMPTS, **wanted) == llm.generate(PROMPTS, **wanted)
     assert not again.model.training
-    with pytest.raises(ModelError, match="exists already"):
+    with pytest.raises(ModelError, match=r"exists already; .* pass overwrite=True to replace it$"):
         again.save(tmp_path / "model")
     again.save(tmp_path / "copy")
     first, second = (provenance.read(tmp_path / name) for name in ("model", "copy"))

@@ -201,7 +201,7 @@ def test_a_failed_write_leaves_nothing(hf: Path, tmp_path: Path, monkeypatch: py
 def test_an_existing_destination_needs_force(hf: Path, tmp_path: Path) -> None:
     converted(hf, tmp_path / "m.gguf", "gguf")
     before = (tmp_path / "m.gguf").read_bytes()
-    with pytest.raises(ModelError, match="exists already"):
+    with pytest.raises(ModelError, match=r"exists already; .* pass --force to replace it$"):
         converted(hf, tmp_path / "m.gguf", "gguf", settings={"dtype": "float16"})
     assert (tmp_path / "m.gguf").read_bytes() == before
     converted(hf, tmp_path / "m.gguf", "gguf", settings={"dtype": "float16"}, force=True)
@@ -301,7 +301,7 @@ def test_who_came_first_is_not_written_over(
         return real.write(*arguments)
 
     monkeypatch.setitem(opening.FORMATS, kind, dataclasses.replace(real, write=raced))
-    with pytest.raises(ModelError, match="exists already"):
+    with pytest.raises(ModelError, match=r"exists already; .* pass --force to replace it$"):
         converted(hf, target, kind)
     assert (target / "thesis.tex" if real.is_directory else target).read_text() == "years of work"
     assert list(tmp_path.iterdir()) == [target]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import errors
 
 from puna import formats
@@ -246,3 +247,30 @@ def test_a_hub_that_does_not_give_is_one_line(hub: Hub, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         formats.resolve("owner/name", hub=hub)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", formats.FORMATS)
+def test_a_file_that_becomes_shorter_while_it_is_read_is_told(kind: str, saved: Path, tmp_path: Path) -> None:
+    """Whoever touches a mapped page beyond the end of its file is killed, so nobody may come to it."""
+    target = tmp_path / {"llama2c": "m.bin", "gguf": "m.gguf"}.get(kind, "m")
+    convert(formats.open_model(saved), target, kind, verify=None, weights_only=True)
+    source = formats.open_model(target)
+    names = [name for name, _ in source.weights]
+    coming = iter(source.weights)
+    assert next(coming)[0] == names[0]
+    files = [target] if target.is_file() else [*target.glob("*.safetensors"), *target.glob("*.pth")]
+    with files[0].open("r+b") as file:
+        file.truncate(files[0].stat().st_size // 2)
+    with pytest.raises(ModelError, match=r"became shorter .* of its \S+ bytes are left\); copy"):
+        next(coming)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_stays_whole(model: Llama, saved: Path) -> None:
+    source = formats.open_model(saved)
+    coming = iter(source.weights)
+    first = [next(coming)]
+    shorter = saved / "new"
+    shorter.write_bytes(b"less")
+    shorter.replace(saved / "model.safetensors")
+    found = dict(first + list(coming))
+    assert all(torch.equal(found[name], value) for name, value in weights_of(model))

@@ -100,7 +100,9 @@ def saved(config_name: str, path: Path) -> Path:
 def test_logits_are_those_of_the_formula(shape: str, recipe: dict[str, Any], tmp_path: Path) -> None:
     llm = load(saved(shape, tmp_path / "model"), "float32", "cpu", recipe)
     ids = ids_of(llm.config, 2, 20)
-    assert llm.notes == () and schemes(llm.model)[0] == recipe["scheme"]
+    shared = shape == "tied" and "embeddings" in recipe
+    assert ["one matrix" in note for note in llm.notes] == [True] * shared
+    assert schemes(llm.model)[0] == recipe["scheme"]
     before, expected = llm.model(ids), by_formula(llm.model)(ids)
     assert torch.allclose(before, expected, rtol=1e-5, atol=1e-5)
     llm.pack()  # norms are added up in another order, and now and then a whole number is the next one
@@ -204,7 +206,9 @@ def test_stories_run_packed_as_in_llama_cpp(kind: str, assets: Path, tmp_path: P
     [
         ("gptq", "puna quantize MODEL DST --scheme gptq"),
         ({"scheme": "int4", "exceptions": {"*.down_proj": "gptq"}}, "calibrated with text"),
-        ("int5", "should be 'int8'"),
+        ({"scheme": "int8", "exceptions": {"*": "gptq:32"}}, "quantize='gptq' is calibrated with text"),
+        ("int5", "expected int8, int4, gptq, nf4, or one with a group .int8:32"),
+        ("int8:64", "expected int8, int4, gptq, nf4, or one with a group .int8:32"),
         ("int4", "has 48 inputs, and int4 in groups of 32 needs a multiple of 32"),
         ({"scheme": "int8", "exceptions": {"*.dwon_proj": "keep"}}, "matches no matrix"),
         ({"scheme": "int8", "grop": 32}, "group"),
@@ -215,6 +219,20 @@ def test_what_cannot_be_done_is_one_line(quantize: Any, message: str, tmp_path: 
     with pytest.raises(PunaError, match=message.replace("*", ".")) as caught:
         load(saved("grouped", tmp_path / "model"), "float32", "cpu", quantize)
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+
+
+def test_a_scheme_may_be_named_with_its_group(tmp_path: Path) -> None:
+    """As `puna quantize --scheme int8:32` has it; the same as a recipe of both."""
+    path = tmp_path / "model"
+    formats.save(path, weights_of(model_of(WIDE)))
+    first, second = (
+        load(path, "float32", "cpu", asked) for asked in ("int8:32", {"scheme": "int8", "group": 32})
+    )
+    for (name, a), (_, b) in zip(weights_of(first.model), weights_of(second.model), strict=True):
+        assert isinstance(a, Packed) == ("norm" not in name and "embed" not in name)
+        if isinstance(a, Packed) and isinstance(b, Packed) and a.scales is not None and b.scales is not None:
+            assert a.scales.shape[1] == a.shape[1] // 32
+            assert torch.equal(a.data, b.data) and torch.equal(a.scales, b.scales)
 
 
 def test_a_quantized_model_is_not_quantized_again(tmp_path: Path) -> None:

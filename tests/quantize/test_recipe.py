@@ -11,7 +11,7 @@ import torch
 from puna.errors import ModelError, SettingsError
 from puna.model.config import ModelConfig
 from puna.model.weights import Packed, shapes
-from puna.quantize.recipe import Choice, Recipe, choices, not_quantized, settled
+from puna.quantize.recipe import Choice, Recipe, choices, not_quantized, settled, told
 from puna.quantize.schemes import Format
 from puna.settings import read_settings, to_toml
 
@@ -75,8 +75,46 @@ def test_a_tied_output_is_kept_unless_asked() -> None:
     assert EMBEDDING not in choices(recipe("scheme=int4"), tied)
     for asked in ("embeddings=int8", "output=int8"):
         assert choices(recipe("scheme=int4", asked), tied)[EMBEDDING] == Choice("int8", INT8)
-    with pytest.raises(SettingsError, match=r"embeddings=int8 and output=int4 differ, .*one matrix: set one"):
-        choices(recipe("embeddings=int8", "output=int4"), tied)
+    for pattern in ("lm_head", "*.embed_tokens", "lm_*.weight"):  # of one matrix, by either of its names
+        found = choices(Recipe(scheme="int4", exceptions={pattern: "int8"}), tied)
+        assert found[EMBEDDING] == Choice("int8", INT8)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["embeddings=int8", "output=int4"], "embedding is to be int8 and the output projection int4, .*one"),
+        (["embeddings=int8", "output=keep"], "embedding is to be int8 and the output projection keep"),
+        (["embeddings=keep", "output=int8"], "embedding is to be keep and the output projection int8"),
+        (["output=int4", "exceptions.'*.embed_tokens'=int8"], "to be int8 and the output projection int4"),
+        (["embeddings=int4", "exceptions.lm_head=int8"], "to be int4 and the output projection int8"),
+        (["scheme=gptq", "output=gptq:32"], "output=gptq:32 is not for a matrix that is the embedding too"),
+    ],
+    ids=str,
+)
+def test_one_matrix_cannot_be_two(overrides: list[str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        choices(recipe(*overrides), config_of(tied=True))
+
+
+def test_what_is_done_to_both_is_told() -> None:
+    told_of = [
+        list(told(recipe(*each), config_of(tied=True))) for each in ([], ["output=int4"], ["embeddings=int8"])
+    ]
+    assert told_of[0] == []
+    assert told_of[1] == [
+        "int4 is asked of the output projection, and so the embedding is: in this model they are one matrix"
+    ]
+    assert told_of[2] == [
+        "int8 is asked of the embedding, and so the output projection is: in this model they are one matrix"
+    ]
+    assert list(told(recipe("output=int8", "embeddings=int8"), config_of(tied=True))) == []
+    assert list(told(recipe("output=int4"), config_of())) == []
+
+
+def test_a_scheme_may_name_its_group() -> None:
+    assert recipe("scheme=int8:32") == recipe("scheme=int8", "group=32")
+    assert recipe("scheme=gptq:128", "group=128") == recipe("scheme=gptq", "group=128")
 
 
 def test_exceptions_name_modules_or_tensors_and_the_last_wins() -> None:
@@ -106,7 +144,13 @@ def test_it_is_read_from_toml_and_written_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["scheme=int3"], r"'scheme': input should be 'int8', 'int4', 'gptq' or 'nf4', got 'int3'"),
+        (
+            ["scheme=int3"],
+            r"'scheme': expected int8, int4, gptq, nf4, or .*\(int8:32, .*\), got 'int3'. Did you",
+        ),
+        (["scheme=int8:64"], r"with a group \(int8:32, int8:128, int4:32, .*\), got 'int8:64'. Did you mean"),
+        (["scheme=nf4:32"], r"got 'nf4:32'"),
+        (["scheme=int8:32", "group=128"], r"scheme=int8:32 and group=128 differ: leave one of them out"),
         (["group=64"], r"'group': input should be 32 or 128, got 64"),
         (
             ["output=int9"],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import json
 import math
 import os
@@ -18,7 +20,7 @@ import numpy as np
 import pytest
 
 from puna import cli, formats
-from puna.errors import DataError, InputError, Interrupted, ModelError, SettingsError
+from puna.errors import DataError, InputError, Interrupted, ModelError, ResourceError, SettingsError
 from puna.formats import provenance
 from puna.formats.packed import plain
 from puna.model.config import ModelConfig
@@ -26,6 +28,7 @@ from puna.model.initial import initial_weights
 from puna.model.weights import Packed, Weights, weights_of
 from puna.recipes.describe import describe
 from puna.recipes.quantization import model as model_quantizer
+from puna.recipes.quantization import unfinished
 from puna.recipes.quantization.damage import worst
 from puna.recipes.quantization.run import quantize
 from puna.recipes.quantization.settings import read_quantize_settings, settings_of
@@ -327,7 +330,7 @@ def test_what_is_resumed_is_the_same(
     kept = content(partial)
     with pytest.raises(ModelError, match=r"2 finished steps.*--resume.*--force"):
         quantized(saved, target, "gptq", text)
-    with pytest.raises(ModelError, match=r"begun with another settings\.gptq\.damping"):
+    with pytest.raises(ModelError, match=r"begun with another gptq\.damping \(0\.01, now 0\.02\); leave"):
         quantized(saved, target, "gptq", text, resume=True, settings={"gptq": {"damping": 0.02}})
     other = tmp_path / "other.txt"
     other.write_text(text.read_text()[100:])
@@ -343,6 +346,77 @@ def test_what_is_resumed_is_the_same(
     assert content(partial) == kept
     quantized(saved, target, "gptq", text, force=True)
     assert target.is_dir() and not partial.exists()
+
+
+def test_a_run_goes_on_by_the_options_it_was_begun_with(
+    saved: Path, text: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.save(tmp_path / "tokenizer")
+    values = {"scheme": "gptq:32", **FEW, "exceptions": {"*.v_proj": "int8"}, "gptq": {"damping": 0.02}}
+    monkeypatch.chdir(tmp_path)  # files are named as a user names them
+
+    def run(target: str, values: dict[str, Any], **more: Any) -> None:
+        quantize(formats.open_model(saved), tmp_path / target, settings_of(values), **more)
+
+    files = {"calibration": [os.path.relpath(text)], "measure_on": [text], "tokenizer": "tokenizer"}
+    run("whole", values, **files)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_at(patch, "after", 1, KeyboardInterrupt)
+        run("small", values, **files)
+    monkeypatch.chdir(saved)
+    other = {"scheme": "int4", "exceptions": {"*.v_proj": "int4"}, "gptq": {"damping": 0.03}}
+    with pytest.raises(ModelError) as raised:
+        run("small", other, resume=True)
+    for part in (
+        "another scheme ('gptq', now 'int4')",
+        "exceptions.*.v_proj ('int8', now 'int4')",
+        "gptq.damping (0.02, now 0.03)",
+    ):
+        assert part in str(raised.value)
+    assert "group" not in str(raised.value) and "calibration" not in str(raised.value)
+    run("small", {"gptq": {"damping": 0.02}}, measure_on=[text], resume=True)
+    assert content(tmp_path / "small") == content(tmp_path / "whole")
+
+
+def test_a_disk_that_fills_is_one_line_and_what_is_finished_is_kept(
+    saved: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = unfinished.chunks
+    written = itertools.count()
+
+    def filling(*arguments: Any) -> Any:
+        if next(written) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return whole(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unfinished, "chunks", filling)
+        with pytest.raises(
+            ResourceError, match=r"No space left .* free\); free some space and go on with --resume"
+        ):
+            quantized(saved, tmp_path / "small", "int8", text)
+    quantize(formats.open_model(saved), tmp_path / "small", settings_of({}), resume=True)
+    quantized(saved, tmp_path / "whole", "int8", text)
+    assert content(tmp_path / "small") == content(tmp_path / "whole")
+
+
+def test_what_another_version_began_is_not_gone_on_with(
+    saved: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, manifest = tmp_path / "small", tmp_path / "small.partial" / "manifest.json"
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_at(patch, "after", 1, KeyboardInterrupt)
+        quantized(saved, target, "int8", text)
+    stored = json.loads(manifest.read_text())
+    older = {key: value for key, value in stored["identity"].items() if key != "results"}
+    for identity in (older, {**older, "results": 1, "puna": "0.0.1"}):
+        manifest.write_text(json.dumps({**stored, "identity": identity}))
+        with pytest.raises(
+            ModelError, match=r"was begun by Puna 0\S+ \(results of version [01]\), and this is"
+        ):
+            quantized(saved, target, "int8", text, resume=True)
+    quantized(saved, target, "int8", text, force=True)
+    assert target.is_dir() and not manifest.parent.exists()
 
 
 def test_a_damaged_manifest(saved: Path, text: Path, tmp_path: Path) -> None:
@@ -368,14 +442,14 @@ def test_what_is_somebody_elses_stays(
     else:
         (partial / name).write_text("mine")
     for how in ({}, {"resume": True}, {"force": True}):
-        with pytest.raises(ModelError, match=r"holds|damaged"):
+        with pytest.raises(ModelError, match=r"holds|damaged|begun by"):
             quantized(saved, tmp_path / "small", "int8", text, **how)
         assert (partial / name).exists() and (partial / "manifest.json").exists() == (manifest is not None)
 
 
 IDS = np.arange(600) % 400
 BAD: list[tuple[dict[str, Any], type[InputError], str]] = [
-    ({"scheme": "int5"}, SettingsError, "'scheme'.*'int8', 'int4', 'gptq' or 'nf4'"),
+    ({"scheme": "int5"}, SettingsError, "'scheme': expected int8, int4, gptq, nf4, or .*'int5'"),
     ({"scheme": "int4", "group": 128}, ModelError, "down_proj.*192 inputs.*multiple of 128"),
     (
         {"scheme": "int4", "exceptions": {"*.dwn_proj": "int8"}},
@@ -436,7 +510,7 @@ def test_refused_for_its_places(saved: Path, text: Path, tmp_path: Path) -> None
     small = tmp_path / "small"
     quantized(saved, small, "int8", text)
     kept = content(small)
-    with pytest.raises(ModelError, match=r"small exists already; .*--force"):
+    with pytest.raises(ModelError, match=r"small exists already; .* pass --force to replace it$"):
         quantized(saved, small, "int8", text)
     with pytest.raises(ModelError, match=r"quantized already \(.*int8 ×15.*\), and rounding it once more"):
         quantized(small, tmp_path / "smaller", "int4", text)
@@ -450,7 +524,6 @@ def test_refused_for_its_places(saved: Path, text: Path, tmp_path: Path) -> None
 def test_a_disk_that_is_too_small(
     saved: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from puna.errors import ResourceError
     from puna.recipes.quantization import job
 
     monkeypatch.setattr(job.shutil, "disk_usage", lambda path: type("", (), {"free": 1000})())
@@ -500,8 +573,10 @@ def test_texts_of_several_kinds(saved: Path, text: Path, tokenizer: Tokenizer, t
 )
 def test_kinds_of_models(changes: dict[str, Any], text: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     source = save(tmp_path / "model", tokenizer, **changes)
-    settings = {"output": "int8"}
-    done = quantized(source, tmp_path / "small", "int4", text, settings=settings)
+    settings, said = {"output": "int8"}, list[str]()
+    done = quantized(source, tmp_path / "small", "int4", text, settings=settings, say=said.append)
+    both = "note: int8 is asked of the output projection, and so the embedding is: in this model they are one"
+    assert any(line.startswith(both) for line in said) == ("tie_word_embeddings" in changes)
     ids = measured_ids(tokenizer, text, 2, 64)
     meant = by_hand(logits(source, ids), logits(tmp_path / "small", ids), ids)
     assert done["quantization"]["numbers"]["kl"] == pytest.approx(meant["kl"], rel=2e-3)
@@ -609,8 +684,8 @@ def test_killed_at_many_moments(number: int, saved: Path, text: Path, tmp_path: 
     assert content(tmp_path / "small") == content(tmp_path / "whole")
 
 
-PEAK = """
-import resource, sys
+PEAK = r"""
+import re, sys
 from pathlib import Path
 from puna import formats
 from puna.recipes.quantization.run import quantize
@@ -619,7 +694,8 @@ source, text, target, scheme = sys.argv[1:]
 few = {"sequences": 46, "measured": 2}
 settings = settings_of({"scheme": scheme, "calibration": few, "gptq": {"sweeps": 0}})
 quantize(formats.open_model(source), target, settings, calibration=[text])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+# Not ru_maxrss: a process begins with that of the one that started it.
+print(int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024)
 """
 
 
@@ -665,6 +741,23 @@ def test_a_trained_model(assets: Path, tmp_path: Path) -> None:
     assert abs(record["engine"]["perplexity_change_percent"]) < 1
     assert record["engine"]["kl"] < 0.005
     assert record["engine"]["top1_agreement"] > 0.95
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [
+        ("int8", "int8 per channel with float32 scales ×15"),
+        ("gptq", "int4 in groups of 32 with float16 scales ×14"),
+        ("nf4", "nf4 in blocks of 64 with float32 scales ×14"),
+    ],
+)
+def test_info_tells_how_matrices_are_stored(
+    scheme: str, words: str, saved: Path, text: Path, tmp_path: Path
+) -> None:
+    quantized(saved, tmp_path / "small", scheme, text)
+    told: list[str] = []
+    describe(formats.open_model(tmp_path / "small"), told.append)
+    assert f"quantized   {words}" in told
 
 
 def test_info_shows_what_was_recorded(saved: Path, text: Path, tmp_path: Path) -> None:

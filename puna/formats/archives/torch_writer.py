@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from puna.formats.archives.torch_pickle import STORAGES
-from puna.formats.huggingface.safetensors_writer import payload
+from puna.formats.huggingface.safetensors_layout import payload
 
 _ALIGNMENT = 64  # of every record, as torch has it, so that mapped tensors are read in whole cache lines
 _LOCAL_HEADER, _WIDE_FIELD = 30, 20  # bytes of a zip file: before a record's name, and for sizes beyond 4 GiB

@@ -21,7 +21,7 @@ from puna.formats.casting import Choice, stored
 from puna.formats.content import Record
 from puna.formats.gguf.config import gguf_name
 from puna.formats.gguf.rope import DIVISORS, divisors
-from puna.formats.huggingface.safetensors_writer import payload
+from puna.formats.huggingface.safetensors_layout import payload
 from puna.formats.packed import BLOCKS
 from puna.formats.rotary import interleaved
 from puna.model.config import ModelConfig

@@ -11,6 +11,7 @@ O outputs   I inputs
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from puna.errors import ModelError
 from puna.formats.huggingface.compressed_tensors import EMBEDDING, HEAD, Kind, brief
+from puna.formats.packed import in_words
 from puna.formats.tensor_files import Opened, TensorFile, shown
 from puna.model.weights import Packed
 from puna.quantize.codes import NF4
@@ -95,15 +97,22 @@ def parts(name: str, packed: Packed, dtype: torch.dtype) -> Iterator[tuple[str, 
     yield f"{name}.{_STATE}", torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
-def as_matrices(opened: Opened, files: list[Path]) -> Opened:
-    """All files as one, whose entries are whole matrices; opened by whatever path."""
+def as_matrices(opened: Opened, files: list[Path]) -> tuple[Opened, Counter[str]]:
+    """All files as one, whose entries are whole matrices, opened by whatever path.
+
+    With it, how many matrices there are of each kind, in words.
+    """
 
     @contextmanager
     def whole(path: Path) -> Iterator[TensorFile]:
         with ExitStack() as stack:
-            yield _Matrices({file: stack.enter_context(opened(file)) for file in files})
+            yield matrices(stack)
 
-    return whole
+    def matrices(stack: ExitStack) -> _Matrices:
+        return _Matrices({file: stack.enter_context(opened(file)) for file in files})
+
+    with ExitStack() as stack:
+        return whole, matrices(stack).packing()
 
 
 @dataclass(frozen=True)
@@ -136,6 +145,13 @@ class _Matrices:
                 yield name, "nf4", self._states[name].shape
             elif not self._belongs(name):
                 yield name, kind, shape
+
+    def packing(self) -> Counter[str]:
+        """How many matrices there are of each kind, in words; scales of two levels are expanded to one."""
+        return Counter(
+            in_words("nf4", state.shape[1], state.shape[1] // state.block, "float32")
+            for state in self._states.values()
+        )
 
     def tensor(self, name: str) -> Tensor | Packed:
         """One tensor, a copy where it is packed.

@@ -43,7 +43,8 @@ def opening(opened: Opened, files: list[Path], config: Any, origin: Path) -> Ope
         )
     if config.get("quant_method") == bitsandbytes.METHOD:
         bitsandbytes.check(config, str(origin))
-        return Opening(bitsandbytes.as_matrices(opened, files))
+        matrices, kinds = bitsandbytes.as_matrices(opened, files)
+        return Opening(matrices, packing=kinds)
     quantization = compressed_tensors.read_quantization(config, str(origin))
     whole, notes, packing = quantized_files.as_matrices(opened, files, quantization)
     return Opening(whole, (*quantization.notes, *notes), packing)

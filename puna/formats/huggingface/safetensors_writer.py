@@ -1,34 +1,25 @@
 """Tensors into safetensors files of a chosen size, one tensor in memory at a time.
 
-The library's writer wants all tensors of a file at once, and hides why a write failed. A file is eight
-bytes with the length of its header, the header (JSON, padded with spaces), then the tensors' bytes. The
-header comes first and is known last, so its room is reserved, from the names and shapes of the config.
+The library's writer wants all tensors of a file at once. The header comes first and is known last, so its
+room is reserved, from the names and shapes of the config.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from torch import Tensor
 
 from puna.formats.casting import stored
 from puna.formats.content import Record
-from puna.formats.huggingface.safetensors_reader import DTYPES as STORED
+from puna.formats.huggingface.safetensors_layout import CODES, entry, header, payload
 from puna.formats.huggingface.safetensors_reader import INDEX, SINGLE
 from puna.formats.json_files import write_object
 from puna.model.weights import Packed, Weights, shapes
 
-CODES = {dtype: code for code, dtype in STORED.items()} | {
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.int32: "I32",
-    torch.int64: "I64",
-}
 _ALIGNMENT = 64  # of the first tensor's place in a file, so that mapped tensors are read in whole cache lines
 _LARGEST = 10**15  # bytes; no offset has more digits
 _ROOM_OF_PARTS = ("_packed", "_scale", "_shape", ".quant_state.bitsandbytes__nf4")  # at most so long, so many
@@ -57,12 +48,6 @@ def write_tensors(
     _name_shards(directory, place, shards.total_bytes)
 
 
-def payload(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor as files hold them: row by row, little-endian as every machine torch runs on."""
-    flat = tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()
-    return memoryview(flat)  # type: ignore[arg-type]  # an array is a buffer from Python 3.12's types on
-
-
 class _Shards:
     """Files shard-0, shard-1, …, the next begun where a tensor would make the last one too large."""
 
@@ -82,7 +67,7 @@ class _Shards:
         self._file.write(data)
         begin, self._filled = self._filled, self._filled + len(data)
         self.total_bytes += len(data)
-        self._header[name] = _entry(CODES[tensor.dtype], tensor.shape, begin, self._filled)
+        self._header[name] = entry(CODES[tensor.dtype], tensor.shape, begin, self._filled)
         return self._number
 
     def close(self) -> None:
@@ -91,10 +76,8 @@ class _Shards:
             return
         with self._file as file:
             self._file = None
-            text = json.dumps(self._header, separators=(",", ":")).encode()
-            assert len(text) <= self._room
             file.seek(0)
-            file.write(self._room.to_bytes(8, "little") + text.ljust(self._room))
+            file.write(header(self._header, self._room))
 
     def _begin(self) -> None:
         self._number += 1
@@ -106,17 +89,13 @@ class _Shards:
 def _header_room(weights: Weights) -> int:
     """Bytes that the header of any one file needs at most, such that tensors begin aligned."""
     entries = {
-        f"{name}{part}": _entry("BF16", shape, _LARGEST, _LARGEST)
+        f"{name}{part}": entry("BF16", shape, _LARGEST, _LARGEST)
         for name, shape in shapes(weights.config).items()
         for part in ([""] if len(shape) == 1 else _ROOM_OF_PARTS)
     }
     entries["__metadata__"] = {"format": "pt"}
-    needed = 8 + len(json.dumps(entries, separators=(",", ":")))
+    needed = len(header(entries))
     return -(-needed // _ALIGNMENT) * _ALIGNMENT - 8
-
-
-def _entry(code: str, shape: tuple[int, ...], begin: int, end: int) -> dict[str, Any]:
-    return {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
 
 
 def _name_shards(directory: Path, place: dict[str, int], total_bytes: int) -> None:

@@ -20,7 +20,7 @@ from puna.formats.archives import torch_archive
 from puna.formats.beside import own_vocabulary, tokenizer_beside
 from puna.formats.casting import is_finite, stored
 from puna.formats.content import Content, Obstacle, Record
-from puna.formats.huggingface.safetensors_writer import payload
+from puna.formats.huggingface.safetensors_layout import payload
 from puna.formats.llama2c import checkpoint as llama2c_checkpoint
 from puna.formats.llama2c import limits as llama2c_limits
 from puna.formats.llama2c.checkpoint import CheckpointTensors

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -95,7 +95,8 @@ class Furthest:
     """The tensor, or the row of one, that is furthest beyond, or nearest to, its limit.
 
     `kind` is the coarser type of the two, `error` the distance as a share of the size, `limit` the largest
-    that rounding explains.
+    that rounding explains. Where both are in one `scheme`, with as many scales, what one holds the other can
+    hold: `kind` is then the coarser type of their scales.
     """
 
     name: str
@@ -104,11 +105,17 @@ class Furthest:
     limit: float
     row: int | None
     ratio: float
+    scheme: str | None = None
 
     @property
     def exceeds(self) -> bool:
         """Whether rounding does not explain it."""
         return not self.ratio <= 1
+
+    @property
+    def allows(self) -> str:
+        """What the limit follows from, in words."""
+        return self.kind if self.scheme is None else f"rounding {self.scheme}'s scales to {self.kind}"
 
     @property
     def where(self) -> str:
@@ -121,10 +128,12 @@ class Distances:
     """Of all tensors in equal shapes that both models have.
 
     `furthest` is None without any; `alike` counts tensors without a number that differs, `wider` and
-    `narrower` those of them that the second model stores in another type.
+    `narrower` those of them that the second model stores in another type. `kind` is the type whose rounding
+    explains most, None without any.
     """
 
     furthest: Furthest | None
+    kind: str | None
     tensors: int
     alike: int
     wider: int
@@ -147,6 +156,7 @@ def distances(a: Sketches, b: Sketches) -> Distances:
     order = list(LIMITS).index
     return Distances(
         max(found, key=lambda each: each.ratio, default=None),
+        coarsest(each.kind for each in found) if found else None,
         len(pairs),
         len(alike),
         sum(order(second.kind) < order(first.kind) for first, second in alike),
@@ -162,6 +172,7 @@ def _furthest(name: str, a: Sketch, b: Sketch) -> Furthest:
     """The row, or the tensor as a whole, that is furthest for its types."""
     kind = coarsest((a.kind, b.kind))
     wide = b if kind == a.kind != b.kind else a
+    shared = _scales_of_both(a, b)
     apart = _finite((a.rows - b.rows).double().norm(dim=1))  # (R,)
     shrunk = _finite((a.norms.double() - b.norms.double()).abs())
     sizes = wide.norms.double()
@@ -173,7 +184,15 @@ def _furthest(name: str, a: Sketch, b: Sketch) -> Furthest:
         _row(name, kind, apart, sizes, limits * margin),
         _row(name, kind, shrunk, sizes, limits),  # norms are known, not estimated
     ]
-    return max(found, key=lambda each: each.ratio)
+    furthest = max(found, key=lambda each: each.ratio)
+    return furthest if shared is None else replace(furthest, kind=shared, scheme=kind)
+
+
+def _scales_of_both(a: Sketch, b: Sketch) -> str | None:
+    """The coarser type of their scales where nothing else can be rounded between two matrices."""
+    if a.scales is None or b.scales is None or (a.kind, a.scales[0]) != (b.kind, b.scales[0]):
+        return None
+    return coarsest((a.scales[1], b.scales[1]))
 
 
 def _whole(name: str, kind: str, apart: Tensor, sizes: Tensor, limits: Tensor, is_exact: bool) -> Furthest:
@@ -199,6 +218,10 @@ def _ratio(distance: float, limit: float) -> float:
 
 def _limits(wide: Sketch, a: Sketch, b: Sketch, tiny: bool) -> Tensor:
     """How far rounding to both types may move each row; `tiny` allows for what is too small for float16."""
+    shared = _scales_of_both(a, b)
+    if shared is not None:
+        least = HALF_STEPS[a.kind][1] * _floor(wide, tiny) if shared == "float16" else 0.0
+        return RELATIVE[shared] * wide.norms.double() + least
     # What both are rounded to counts once; but each by its own scales.
     parts = [a] if a.kind == b.kind and a.steps is None and b.steps is None else [a, b]
     return torch.stack([_limit(wide, each, tiny) for each in parts]).norm(dim=0)
@@ -206,7 +229,7 @@ def _limits(wide: Sketch, a: Sketch, b: Sketch, tiny: bool) -> Tensor:
 
 def _limit(wide: Sketch, stored: Sketch, tiny: bool) -> Tensor:
     kind, sizes = stored.kind, wide.norms.double()
-    floor = _SMALLEST * math.sqrt(wide.columns) if tiny else 0.0
+    floor = _floor(wide, tiny)
     if kind in RELATIVE:
         return RELATIVE[kind] * sizes + (floor if kind == "float16" else 0.0)
     if stored.steps is not None:
@@ -217,6 +240,10 @@ def _limit(wide: Sketch, stored: Sketch, tiny: bool) -> Tensor:
     column = _CUT.get(kind)
     steps = share * wide.largest.double() if column is None else wide.ends[:, column].double()
     return math.sqrt(BLOCK) * steps + _HALF * sizes + whole * floor
+
+
+def _floor(wide: Sketch, tiny: bool) -> float:
+    return _SMALLEST * math.sqrt(wide.columns) if tiny else 0.0
 
 
 def _finite(values: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class Sketch:
         ends: (R, 2), the same of how far a number may be off where four or five bits cut a block's upper end.
         steps: (R,), root of the sum over a row's numbers of half the step of each, squared, where scales are
             known; None of other numbers.
+        scales: how many of them a row has, and their type, where they are known.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Sketch:
     largest: Tensor | None
     ends: Tensor | None
     steps: Tensor | None = None
+    scales: tuple[int, str] | None = None
 
     @property
     def is_exact(self) -> bool:
@@ -80,7 +82,8 @@ class Sketches:
             self.found[name] = Sketch(kind, 1, vector[:, None], vector.abs(), None, None)
         else:
             passed = self._passed(numbers, kind in self.by_block)
-            self.found[name] = Sketch(kind, numbers.shape[1], *passed, _half_steps(value, len(passed[0])))
+            of_scales = _half_steps(value, len(passed[0])), _scales(value)
+            self.found[name] = Sketch(kind, numbers.shape[1], *passed, *of_scales)
 
     def of(self, name: str) -> Sketch | None:
         """One tensor's; an output projection that is tied is the embedding."""
@@ -138,6 +141,13 @@ def take_rows(matrix: Tensor | Packed, index: Tensor | slice) -> Tensor | Packed
 def _half_steps(value: Tensor | Packed, rows: int) -> Tensor | None:
     """See `Sketch.steps`, of the first rows."""
     return half_steps(value)[:rows] if isinstance(value, Packed) and value.scheme in CODED else None
+
+
+def _scales(value: Tensor | Packed) -> tuple[int, str] | None:
+    """See `Sketch.scales`."""
+    if not isinstance(value, Packed) or value.scales is None:
+        return None
+    return value.scales.shape[1], str(value.scales.dtype).removeprefix("torch.")
 
 
 def _by_block(held: Tensor) -> Tensor:

@@ -69,7 +69,9 @@ class Comparison:
         Where all numbers compared are equal, as after a conversion from bfloat16 to float32, that is the type
         of computation, however coarse the numbers are.
         """
-        return "float32" if self.has_equal_numbers else coarsest((*self.stored_a, *self.stored_b))
+        if self.has_equal_numbers:
+            return "float32"
+        return self.distances.kind or coarsest((*self.stored_a, *self.stored_b))
 
     @property
     def furthest(self) -> Furthest | None:
@@ -177,7 +179,9 @@ class Comparison:
         found = self.furthest
         if found is None or self.has_equal_numbers:
             return []
-        words = f"{found.where}, by {found.error:.1e} of its size where {found.kind} allows {found.limit:.1e}"
+        words = (
+            f"{found.where}, by {found.error:.1e} of its size where {found.allows} allows {found.limit:.1e}"
+        )
         return [("furthest", words)]
 
     def _logit_rows(self) -> list[tuple[str, str]]:
@@ -223,7 +227,7 @@ class Comparison:
         limit, found, far, reasons = self.limit, self.divergence, self.furthest, []
         why = "equal weights allow" if self.has_equal_bits else f"{self.rounding} allows"
         if far is not None and far.exceeds:
-            most = f"{far.kind} allows {far.limit:.1e}"
+            most = f"{far.allows} allows {far.limit:.1e}"
             reasons.append(f"{far.where} differs by {far.error:.1e} of its size, where {most}")
         if found.relative_error > limit.logits:
             error = f"{found.relative_error:.1e}"

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,18 @@ from puna.recipes.quantization.calibration import Text, read_text
 from puna.recipes.quantization.damage import worst
 from puna.recipes.quantization.hidden_states import HiddenStates
 from puna.recipes.quantization.layer import Texts
-from puna.recipes.quantization.settings import QuantizeSettings
-from puna.recipes.quantization.unfinished import Unfinished
+from puna.recipes.quantization.settings import Inputs, QuantizeSettings, completed
+from puna.recipes.quantization.unfinished import Begun, Unfinished, begun
 from puna.tokenizer.tokenizer import Tokenizer
+
+RESULTS = 1
+"""Raised whenever the same source, settings and text give other tensors or figures than before: what an older
+version left unfinished is then not gone on with."""
 
 NORM = "model.norm.weight"
 LAYER = "model.layers."
+_IDENTITY = {"puna": __version__, "results": RESULTS}
+_VERSION = Begun(_IDENTITY, {}).version
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Job:
     chosen: Mapping[str, Choice]
     text: Text | None
     tokenizer: Tokenizer | None
+    inputs: Inputs
 
     @property
     def config(self) -> ModelConfig:
@@ -53,15 +60,17 @@ class Job:
         return self.source.config
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What decides the result, as JSON; the source's tensors are compared as they are read."""
-        return {
-            "puna": __version__,
+    def begun(self) -> Begun:
+        """What decides the result; the source's tensors are compared as they are read."""
+        identity = {
+            **_IDENTITY,
             "model": self.config.model_dump(mode="json"),
             "stored": dict(self.source.stored),
             "settings": self.settings.model_dump(mode="json"),
             "text": None if self.text is None else self.text.sha256,
+            "tokenizer": None if self.tokenizer is None else self.tokenizer.fingerprint,
         }
+        return Begun(identity, self.inputs.model_dump(mode="json"))
 
     @property
     def steps(self) -> list[list[str]]:
@@ -143,17 +152,22 @@ def prepared(
     source: Source,
     destination: str | Path,
     settings: QuantizeSettings,
-    calibration: Sequence[str | Path],
-    measure_on: Sequence[str | Path],
+    inputs: Inputs,
     tokenizer: Tokenizer | None,
+    resume: bool,
     force: bool,
 ) -> Job:
     """The job, after checking all that can be checked before any tensor is read.
+
+    What is left out takes, with `resume`, the place of what the unfinished run was begun with.
 
     Raises:
         InputError: as `puna.recipes.quantization.run.quantize`.
     """
     _refuse_quantized(source)
+    target = Path(os.path.realpath(destination))
+    if resume and (before := begun(target, _VERSION)) is not None:
+        settings, inputs = completed(settings, before.settings), inputs.completed(before.inputs)
     settings = settings.model_copy(update={"recipe": settled(settings.recipe, source.dtype)})
     chosen = choices(settings.recipe, source.config)
     if not chosen:
@@ -161,24 +175,23 @@ def prepared(
     calibrated = [name for name, choice in chosen.items() if choice.scheme == "gptq"]
     if EMBEDDING in calibrated:
         raise SettingsError("gptq cannot fit an output projection that is the embedding too: set output=int8")
-    target = Path(os.path.realpath(destination))
     _check_target(source, target, force)
-    if calibrated and not calibration:
+    if calibrated and not inputs.calibration:
         raise DataError(
             "gptq fits to text: name some with --calibration FILE, of the kind that the model is to work on"
         )
-    tokenizer = tokenizer or source.tokenizer()
+    tokenizer = tokenizer or inputs.open_tokenizer() or source.tokenizer()
     _check_layout(chosen, source.config)
     _check_tokenizer(tokenizer)
     fitted = [name for name in chosen if calibrated and (name.startswith(LAYER) or name in calibrated)]
     widest = max((shapes(source.config)[name][1] for name in fitted), default=0)
     text = None
     if settings.measure or calibrated:
-        files, others = (list(map(Path, names)) for names in (calibration, measure_on))
+        files, others = (list(map(Path, names)) for names in (inputs.calibration, inputs.measure_on))
         text = read_text(files, others, tokenizer, source.config, settings.calibration, widest)
     if text is not None and not settings.measure:
         text = replace(text, measured=text.measured[:0])
-    job = Job(source, target, settings, chosen, text, tokenizer)
+    job = Job(source, target, settings, chosen, text, tokenizer, inputs)
     _check_room(job)
     return job
 

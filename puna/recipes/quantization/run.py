@@ -24,10 +24,11 @@ from puna.formats.huggingface import directory as huggingface
 from puna.formats.saving import check_destination, written_aside
 from puna.model.weights import Packed, Weights
 from puna.progress import Track, silent
+from puna.quantize.recipe import told
 from puna.recipes.quantization.damage import lines
 from puna.recipes.quantization.job import Job, prepared
 from puna.recipes.quantization.model import ModelQuantizer, machine
-from puna.recipes.quantization.settings import QuantizeSettings
+from puna.recipes.quantization.settings import QuantizeSettings, inputs_of
 from puna.recipes.quantization.unfinished import Unfinished, partial_of, unfinished
 from puna.tokenizer.tokenizer import Tokenizer
 
@@ -41,7 +42,7 @@ def quantize(
     *,
     calibration: Sequence[str | Path] = (),
     measure_on: Sequence[str | Path] = (),
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Tokenizer | str | Path | None = None,
     resume: bool = False,
     force: bool = False,
     origin: str | None = None,
@@ -57,7 +58,7 @@ def quantize(
         calibration: text, or ids, to measure on and, with gptq, to fit to.
         measure_on: other text to measure on.
         tokenizer: takes the place of the model's own.
-        resume: go on with what a killed run left.
+        resume: go on with what a killed run left; settings and files that are not given are that run's.
         force: replace a model that is there, and begin again where a run was killed.
         origin: the source as the user named it, for the record.
         say: takes lines for people.
@@ -72,13 +73,15 @@ def quantize(
         Interrupted: Ctrl-C or SIGTERM; finished layers are kept.
         CheckFailed: what was written does not read back.
     """
-    job = prepared(source, destination, settings, calibration, measure_on, tokenizer, force)
-    for note in source.notes:
+    opened, named = (tokenizer, None) if isinstance(tokenizer, Tokenizer) else (None, tokenizer)
+    inputs = inputs_of(calibration, measure_on, named)
+    job = prepared(source, destination, settings, inputs, opened, resume, force)
+    for note in (*source.notes, *told(job.settings.recipe, job.config)):
         say(f"note: {note}")
-    if job.text is None and settings.measure:
+    if job.text is None and job.settings.measure:
         say("note: nothing is measured: without a tokenizer, ids are needed (--calibration FILE.npy)")
     try:
-        with unfinished(job.target, job.identity, resume, force) as work:
+        with unfinished(job.target, job.begun, resume, force) as work:
             _tell_machine(work, say)
             with track("Quantizing", job.config.num_hidden_layers + 1, "layers") as bar:
                 bar.start_at(max(0, len(work.records) - 1))

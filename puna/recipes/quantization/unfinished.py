@@ -1,6 +1,6 @@
 """A quantization in progress: `DST.partial`, which holds every finished step and what the next one needs.
 
-    manifest.json           what decides the result, and what is known of each finished step
+    manifest.json           what decides the result, where the text lies, and each finished step's figures
     step-00000.safetensors  the tensors of a step as they are to be stored
     NAME-PLACE.states       hidden states
     .lock                   held by the process that works here
@@ -15,15 +15,16 @@ import fcntl
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from safetensors import safe_open
 from torch import Tensor
 
 from puna.errors import ModelError, RunBusyError
 from puna.files import disk_errors, sync_directory, sync_file, write_atomically
+from puna.formats.huggingface.safetensors_layout import chunks
 from puna.model.weights import Packed
 
 VERSION = 1
@@ -36,11 +37,34 @@ _OURS = re.compile(
 _SCALES = "|scales"  # after the name of a matrix whose codes lie under that name
 
 
+@dataclass(frozen=True)
+class Begun:
+    """How a quantization was begun, as JSON.
+
+    `identity` is what decides the result; `inputs` are the files that were named, so that a run that goes on
+    need not name them again.
+    """
+
+    identity: dict[str, Any]
+    inputs: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings."""
+        found: dict[str, Any] = self.identity["settings"]
+        return found
+
+    @property
+    def version(self) -> str:
+        """What made it: another version's steps are no part of what this one makes."""
+        return f"Puna {self.identity.get('puna')} (results of version {self.identity.get('results', 0)})"
+
+
 class Unfinished:
     """The steps that are done, and the directory to work in; `records` has what is known of each step."""
 
-    def __init__(self, directory: Path, identity: dict[str, Any], records: list[dict[str, Any]]) -> None:
-        self.directory, self.identity, self.records = directory, identity, records
+    def __init__(self, directory: Path, begun: Begun, records: list[dict[str, Any]]) -> None:
+        self.directory, self.begun, self.records = directory, begun, records
 
     def finish(self, tensors: dict[str, Tensor | Packed], record: dict[str, Any]) -> None:
         """Add a step; its states are on the disk already.
@@ -50,7 +74,8 @@ class Unfinished:
         """
         file = self._step(len(self.records))
         plain, schemes = _apart(tensors)
-        safetensors.torch.save_file(plain, file, metadata={"tensors": json.dumps(schemes)})
+        with file.open("wb") as opened:
+            opened.writelines(chunks(plain, {"tensors": json.dumps(schemes)}))
         sync_file(file)
         self.records.append(record)
         try:
@@ -61,7 +86,7 @@ class Unfinished:
 
     def write(self) -> None:
         """The manifest, onto the disk."""
-        content = {"version": VERSION, "identity": self.identity, "steps": self.records}
+        content = {"version": VERSION, **asdict(self.begun), "steps": self.records}
         write_atomically(self.directory / MANIFEST, json.dumps(content, indent=1) + "\n")
 
     def tensors(self) -> Iterator[tuple[str, Tensor | Packed]]:
@@ -92,15 +117,34 @@ def partial_of(target: Path) -> Path:
     return target.with_name(f"{target.name}.partial")
 
 
+def begun(target: Path, version: str) -> Begun | None:
+    """How the quantization that lies unfinished beside `target` was begun; None where none does.
+
+    Raises:
+        ModelError: its manifest is damaged, or it was begun by another version.
+    """
+    directory = partial_of(target)
+    if not (directory / MANIFEST).is_file():
+        return None
+    stored = _read(directory / MANIFEST)
+    found = Begun(stored["identity"], stored.get("inputs", {}))
+    if found.version != version:
+        raise ModelError(
+            f"{directory} was begun by {found.version}, and this is {version}, which would go on otherwise; "
+            "finish it with that one, or begin again with --force"
+        )
+    return found
+
+
 @contextlib.contextmanager
-def unfinished(target: Path, identity: dict[str, Any], resume: bool, force: bool) -> Iterator[Unfinished]:
+def unfinished(target: Path, now: Begun, resume: bool, force: bool) -> Iterator[Unfinished]:
     """Hold `target`'s unfinished quantization against other processes, making it if need be.
 
     It stays where something in it can be gone on with, and is removed after a success.
 
     Args:
         target: what is to be written.
-        identity: what decides the result, as JSON.
+        now: how it would be begun now.
         resume: go on with what is there.
         force: begin again where something is there.
 
@@ -117,7 +161,7 @@ def unfinished(target: Path, identity: dict[str, Any], resume: bool, force: bool
         directory.mkdir(parents=True, exist_ok=True)
         stack.enter_context(_locked(directory))
         stack.callback(_remove_if_empty, directory)
-        found = _found(directory, identity, resume, force)
+        found = _found(directory, now, resume, force)
         found.write()
         try:
             yield found
@@ -131,7 +175,7 @@ def unfinished(target: Path, identity: dict[str, Any], resume: bool, force: bool
 _ADVICE = "free some space and go on with --resume"
 
 
-def _found(directory: Path, identity: dict[str, Any], resume: bool, force: bool) -> Unfinished:
+def _found(directory: Path, now: Begun, resume: bool, force: bool) -> Unfinished:
     foreign = sorted(path.name for path in directory.iterdir() if not _OURS.fullmatch(path.name))
     manifest = directory / MANIFEST
     stored = _read(manifest) if manifest.is_file() else None
@@ -139,19 +183,20 @@ def _found(directory: Path, identity: dict[str, Any], resume: bool, force: bool)
         shown = foreign[0] if foreign else "steps without their manifest"
         raise ModelError(f"{directory} holds {shown}, which is no part of a quantization; move it away")
     if stored is None or (force and not resume):
-        return Unfinished(directory, identity, [])
+        return Unfinished(directory, now, [])
     steps = stored["steps"]
     if not resume and steps:
         raise ModelError(
             f"{directory} holds {len(steps)} finished steps of an earlier run; go on with it by --resume, or "
             "begin again with --force"
         )
-    changed = _changed(stored["identity"], identity)
+    changed = list(_changed(stored["identity"], now.identity))
     if resume and changed and steps:
         raise ModelError(
-            f"{directory} was begun with another {changed}; take the same, or begin again with --force"
+            f"{directory} was begun with another {', '.join(changed)}; leave out what differs, or begin "
+            "again with --force"
         )
-    return Unfinished(directory, identity, steps if resume and not changed else [])
+    return Unfinished(directory, now, steps if resume and not changed else [])
 
 
 def _read(manifest: Path) -> dict[str, Any]:
@@ -168,16 +213,16 @@ def _read(manifest: Path) -> dict[str, Any]:
     return stored
 
 
-def _changed(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
-    """The first part in which two identities differ, dotted; empty where none does."""
+def _changed(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Every part in which two identities differ, dotted; settings as their user names them."""
     for key in {**before, **now}:
         a, b = before.get(key), now.get(key)
         if a == b:
             continue
         if isinstance(a, dict) and isinstance(b, dict):
-            return _changed(a, b, f"{prefix}{key}.")
-        return f"{prefix}{key} ({a!r}, now {b!r})" if len(f"{a!r}{b!r}") < 120 else f"{prefix}{key}"
-    return ""
+            yield from _changed(a, b, "" if key in ("settings", "recipe") else f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key} ({a!r}, now {b!r})" if len(f"{a!r}{b!r}") < 120 else f"{prefix}{key}"
 
 
 def _apart(
