@@ -44,21 +44,12 @@ from same_weights import FORMATS, Weights
 from puna import tokenizer
 from puna.plan.measure import measure_reading
 from puna.recipes.bench.figures import percentile
-from puna.recipes.bench.load_generator import (
-    Outcome,
-    Query,
-    Target,
-    closed_loop,
-    completion,
-    drive,
-    open_loop,
-    poisson_arrivals,
-)
+from puna.recipes.bench.load import Load, answered
+from puna.recipes.bench.load_generator import Outcome, Target, completion
 from puna.recipes.bench.server_process import ServerProcess, free_port, running
 from puna.train.run import environment
 
 CPU = torch.device("cpu")
-TIMEOUT = 3600.0
 SHARES = (0.5, 0.95, 0.99)
 WARM = 4  # tokens of the answers of a round that does not count
 BLOCK = 256  # to a multiple of which llama-server rounds the length of a slot
@@ -116,20 +107,13 @@ class Task:
 
     prompts: list[str]
     new: list[int]
-    clients: int | None
-    arrivals: list[float]
+    load: Load
+    seed: str
 
     def run(self, target: Target, fields: dict[str, Any]) -> list[Outcome]:
-        queries = [completion(prompt, new, temperature=0, **fields) for prompt, new in self._pairs()]
-        return drive(self._load(target, queries))
-
-    def _load(self, target: Target, queries: Sequence[Query]) -> Any:
-        if self.clients is None:
-            return open_loop(target, queries, self.arrivals, TIMEOUT)
-        return closed_loop(target, queries, self.clients, TIMEOUT)
-
-    def _pairs(self) -> Iterator[tuple[str, int]]:
-        return zip(self.prompts, self.new, strict=True)
+        pairs = zip(self.prompts, self.new, strict=True)
+        queries = [completion(prompt, new, temperature=0, **fields) for prompt, new in pairs]
+        return answered(target, queries, self.load, self.seed)
 
 
 def main() -> None:
@@ -145,9 +129,9 @@ def main() -> None:
     words = _words(options.tokenizer)
     with _servers(options) as servers:
         for clients in options.clients:
-            _compare(options, servers, words, clients, None)
+            _compare(options, servers, words, Load(clients=clients))
         for rate in options.rates:
-            _compare(options, servers, words, None, rate)
+            _compare(options, servers, words, Load(rate=rate))
 
 
 def _options() -> argparse.Namespace:
@@ -220,40 +204,33 @@ def _servers(options: argparse.Namespace) -> Iterator[dict[str, ServerProcess]]:
 
 
 def _compare(
-    options: argparse.Namespace,
-    servers: dict[str, ServerProcess],
-    words: list[str],
-    clients: int | None,
-    rate: float | None,
+    options: argparse.Namespace, servers: dict[str, ServerProcess], words: list[str], load: Load
 ) -> None:
     """Print a row for each program: medians of its rounds, and what Puna reaches of it in the same round."""
     rounds, reading = [], []
     for number in range(options.rounds + 1):
-        task = _task(options, words, clients, rate, number)
+        task = _task(options, words, load, number)
         order = list(servers) if number % 2 else list(reversed(servers))
         results = {name: _turn(servers[name], task, PROGRAMS[name].fields) for name in order}
         if number:
             rounds.append(results)
             reading.append(measure_reading(CPU).rate)
-    load = {"clients": clients} if rate is None else {"requests/s": rate}
+    told = {"clients": load.clients} if load.rate is None else {"requests/s": load.rate}
     for name in servers:
-        row = load | {"program": name} | _figures([results[name] for results in rounds])
+        row = told | {"program": name} | _figures([results[name] for results in rounds])
         if "puna" in servers and name != "puna":
             row |= _beside([(results["puna"], results[name]) for results in rounds])
         print(json.dumps(row), flush=True)
-    print(json.dumps({**load, "memory read, GB/s, by round": [round(r / 1e9) for r in reading]}), flush=True)
+    print(json.dumps({**told, "memory read, GB/s, by round": [round(r / 1e9) for r in reading]}), flush=True)
 
 
-def _task(
-    options: argparse.Namespace, words: list[str], clients: int | None, rate: float | None, number: int
-) -> Task:
+def _task(options: argparse.Namespace, words: list[str], load: Load, number: int) -> Task:
     """Round 0 is to warm up: two requests for each client, with short answers."""
-    count = max(options.requests, 2 * (clients or 1)) if number else 2 * (clients or 4)
-    draw = random.Random(f"{clients} {rate} {number}")
+    count = max(options.requests, 2 * (load.clients or 1)) if number else 2 * (load.clients or 4)
+    draw = random.Random(f"{load.clients} {load.rate} {number}")
     prompts = [" ".join(draw.choices(words, k=draw.randint(*options.prompt))) for _ in range(count)]
     new = [draw.randint(*options.new) if number else WARM for _ in range(count)]
-    arrivals = poisson_arrivals(rate, count, f"arrivals {number}") if rate else []
-    return Task(prompts, new, clients, arrivals)
+    return Task(prompts, new, load, f"arrivals {number}")
 
 
 def _turn(server: ServerProcess, task: Task, fields: dict[str, Any]) -> list[Outcome]:
@@ -288,7 +265,7 @@ def _beside(rounds: Sequence[tuple[Sequence[Outcome], Sequence[Outcome]]]) -> di
         "puna/it": f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
         "first text, it/puna": _digits(_median_first(rounds, 1) / _median_first(rounds, 0)),
         "begins like puna's": _digits(
-            statistics.mean(one.text[:8] == other.text[:8] for one, other in pairs)
+            statistics.mean(_begins(one) == _begins(other) for one, other in pairs)
         ),
     }
 

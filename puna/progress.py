@@ -85,12 +85,12 @@ class _Meter:
     def describe(self, note: str) -> str:
         elapsed = time.monotonic() - self.began
         rate = (self.done - self.earlier) / elapsed if elapsed > 0 else 0.0
-        text = f"{quantity(rate)} {self.unit}/s"
-        if self.total:
-            left = (self.total - self.done) / rate if rate > 0 else 0.0
-            share = 100 * self.done / self.total
-            text = f"{share:3.0f}%  {text}  {duration(max(left, 0.0))} left"
-        return f"{text}  {note}" if note else text
+        parts = [f"{100 * self.done / self.total:3.0f}%"] if self.total else []
+        if rate > 0:  # before anything is done nobody knows
+            parts.append(f"{quantity(rate)} {self.unit}/s")
+        if rate > 0 and self.total:
+            parts.append(f"{duration(max((self.total - self.done) / rate, 0.0))} left")
+        return "  ".join([*parts, *([note] if note else [])])
 
 
 class _Bar:

@@ -34,3 +34,13 @@ def test_what_was_done_earlier_does_not_count_as_speed(
         bar.advance(100)
     lines = capsys.readouterr().err.splitlines()
     assert lines[1:] == ["Working:  60%  5 tok/s  1m20s left", "Working: 100 tok in 20s"]
+
+
+def test_before_anything_is_done_nobody_knows_how_long_it_takes(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress.on_stderr("Working", 1000, "tok") as bar:
+        clock[0] += 20
+        bar.advance(0, "starting")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1] == "Working:   0%  starting"

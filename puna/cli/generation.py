@@ -9,18 +9,14 @@ import typer
 
 from puna.cli.importing import quickly
 from puna.cli.options import (
-    CacheDir,
-    Device,
-    Dtype,
     Json,
     Model,
-    Quantize,
-    Revision,
+    Opening,
     Sampling,
     Seed,
     Template,
-    Tokenizer,
     given,
+    opens_a_model,
 )
 from puna.cli.printing import announce, emit, note, write
 from puna.errors import InputError
@@ -29,6 +25,7 @@ if TYPE_CHECKING:
     from puna.engine.llm import LLM
 
 
+@opens_a_model
 def generate(
     model: Model,
     prompt: Annotated[
@@ -84,12 +81,7 @@ def generate(
     grammar: Annotated[Path | None, typer.Option(help="A file: the answer is of this grammar.")] = None,
     change: Sampling = None,
     template: Template = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    quantize: Quantize = None,
-    tokenizer: Tokenizer = None,
-    revision: Revision = None,
-    cache_dir: CacheDir = None,
+    opening: Opening = Opening(),
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, several, or a file of any number of them.
@@ -102,7 +94,6 @@ def generate(
         from puna.progress import on_stderr
         from puna.recipes.answering.generate import generate as run
         from puna.recipes.answering.options import sampling_options
-        from puna.recipes.models import ModelChoice
 
     if (prompt is None) == (prompts is None):
         raise InputError("give either --prompt TEXT, which may be repeated, or --prompts FILE")
@@ -112,10 +103,9 @@ def generate(
         logprobs=logprobs, regex=regex, choice=choice,
     )  # fmt: skip
     options = sampling_options(chosen, change or (), json_schema=json_schema, grammar=grammar)
-    choice_of_model = ModelChoice(model, revision, cache_dir, tokenizer, quantize)
 
     def opened() -> LLM:
-        llm = choice_of_model.llm(device, dtype, note, options.engine)
+        llm = opening.llm(model, note, options.engine)
         loading()
         return llm
 
@@ -138,6 +128,7 @@ def generate(
         )
 
 
+@opens_a_model
 def chat(
     model: Model,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
@@ -152,12 +143,7 @@ def chat(
     seed: Seed = None,
     change: Sampling = None,
     template: Template = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    quantize: Quantize = None,
-    tokenizer: Tokenizer = None,
-    revision: Revision = None,
-    cache_dir: CacheDir = None,
+    opening: Opening = Opening(),
 ) -> None:
     """Talk with a model in the terminal.
 
@@ -169,13 +155,10 @@ def chat(
         from puna.recipes.answering.chat import chat as run
         from puna.recipes.answering.options import sampling_options
         from puna.recipes.answering.terminal import is_person, line_reader
-        from puna.recipes.models import ModelChoice
 
     chosen = given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     options = sampling_options(chosen, change or (), several=False)
-    llm = ModelChoice(model, revision, cache_dir, tokenizer, quantize).llm(
-        device, dtype, note, options.engine
-    )
+    llm = opening.llm(model, note, options.engine)
     loading()
     failed = run(
         llm, options.sampling, system=system, template=template, start=load, read=line_reader(),

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from puna.cli.importing import quickly
+
+if TYPE_CHECKING:
+    from puna.engine.llm import LLM
+    from puna.engine.settings import EngineSettings
 
 Json = Annotated[bool, typer.Option("--json", help="Print a machine-readable result as the last line.")]
 Model = Annotated[
@@ -32,7 +41,7 @@ Dtype = Annotated[str, typer.Option(help="auto, float64, float32, bfloat16 or fl
 Quantize = Annotated[
     str | None,
     typer.Option(
-        help="int8, int4 or nf4: round the matrices to it as they are read.",
+        help="int8, int4 (by groups: int8:32, int4:128) or nf4: round the matrices to it as they are read.",
         show_default=False,
     ),
 ]
@@ -57,6 +66,45 @@ Template = Annotated[
         "the text of one."
     ),
 ]
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a command opens the model that it is to run."""
+
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    quantize: Quantize = None
+    tokenizer: Tokenizer = None
+    revision: Revision = None
+    cache_dir: CacheDir = None
+
+    def llm(self, model: str, say: Callable[[str], None], engine: EngineSettings) -> LLM:
+        """That model in memory; what its files leave unsaid is told."""
+        with quickly():
+            from puna.recipes.models import ModelChoice
+
+        choice = ModelChoice(model, self.revision, self.cache_dir, self.tokenizer, self.quantize)
+        return choice.llm(self.device, self.dtype, say, engine)
+
+
+def opens_a_model(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with an option for each field of `Opening` in place of its parameter `opening`."""
+    fields = inspect.signature(Opening, eval_str=True).parameters
+
+    def spread(**values: Any) -> None:
+        opening = Opening(**{name: values.pop(name) for name in fields})
+        command(**values, opening=opening)
+
+    own = inspect.signature(command, eval_str=True)
+    parameters = [
+        each
+        for name, parameter in own.parameters.items()
+        for each in (fields.values() if name == "opening" else (parameter,))
+    ]
+    spread.__name__, spread.__doc__ = command.__name__, command.__doc__
+    spread.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]  # typer reads it
+    return spread
 
 
 def given(**options: Any) -> dict[str, Any]:

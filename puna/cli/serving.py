@@ -8,18 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from puna.cli.options import (
-    CacheDir,
-    Device,
-    Dtype,
-    Model,
-    Overrides,
-    Quantize,
-    Revision,
-    Template,
-    Tokenizer,
-    given,
-)
+from puna.cli.options import Model, Opening, Overrides, Template, given, opens_a_model
 from puna.cli.printing import note
 from puna.errors import MissingExtraError, SettingsError
 
@@ -29,6 +18,7 @@ if TYPE_CHECKING:
     from puna.engine.llm import LLM
 
 
+@opens_a_model
 def serve(
     model: Model,
     overrides: Overrides = None,
@@ -38,19 +28,13 @@ def serve(
     host: Annotated[str | None, typer.Option(help="The address to listen on; 127.0.0.1 without it.")] = None,
     port: Annotated[int | None, typer.Option(help="8000 without it; 0 takes any free one.")] = None,
     template: Template = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    quantize: Quantize = None,
-    tokenizer: Tokenizer = None,
-    revision: Revision = None,
-    cache_dir: CacheDir = None,
+    opening: Opening = Opening(),
 ) -> None:
     """Serve a model: OpenAI's API, a page to talk to it, a live view at /status, metrics.
 
     Settings are given as key=value, such as api_keys=keys.txt, requests_per_minute=60 or
     engine.max_running=32; docs/serving.md has them all. SIGTERM and Ctrl-C let what runs end first.
     """
-    from puna.recipes.models import ModelChoice
     from puna.serve.settings import ServeSettings
     from puna.settings import overridden, read_settings
 
@@ -65,9 +49,8 @@ def serve(
             raise SettingsError(f"--{name} and {name}= say different things; leave one of them out")
     changes = [*(overrides or ()), *(f"{name}={json.dumps(value)}" for name, value in options.items())]
     chosen = read_settings(ServeSettings, settings, changes)
-    choice = ModelChoice(model, revision, cache_dir, tokenizer, quantize)
 
     def opened(say: Callable[[str], None]) -> LLM:
-        return choice.llm(device, dtype, say, chosen.engine)
+        return opening.llm(model, say, chosen.engine)
 
     run(opened, model, chosen, note)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from puna.progress import quantity
+from puna.kernels import float8
+from puna.progress import counted, quantity
 
 SMALLEST, LARGEST = 256, 16_384
 BUFFER = {"cpu": 512 << 20, "cuda": 4 << 30}  # bytes; several times the largest caches
@@ -26,7 +27,8 @@ BUFFER = {"cpu": 512 << 20, "cuda": 4 << 30}  # bytes; several times the largest
 class Peak:
     """The best rate of a product of two square matrices, in operations per second.
 
-    They are those of floating point, or for torch.int8 of whole numbers whose sums are exact.
+    They are those of floating point, or for torch.int8 of whole numbers whose sums are exact; those of
+    torch.float8_e4m3fn are as kernels/float8.py has them, of numbers that are rounded already.
     """
 
     flops: float
@@ -36,7 +38,7 @@ class Peak:
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
-        where = f"{self.threads} threads" if self.device.type == "cpu" else str(self.device)
+        where = counted(self.threads, "thread") if self.device.type == "cpu" else str(self.device)
         unit = "FLOP/s" if self.dtype.is_floating_point else "OP/s"
         return f"{quantity(self.flops)}{unit} ({kind} matrix products, {where}, measured)"
 
@@ -69,7 +71,7 @@ class Reading:
     threads: int
 
     def __str__(self) -> str:
-        where = f"{self.threads} threads" if self.device.type == "cpu" else str(self.device)
+        where = counted(self.threads, "thread") if self.device.type == "cpu" else str(self.device)
         what = f"reading memory: the sum of {self.size >> 20:,} MiB"
         return f"{quantity(self.rate)}B/s ({what}, {where}, measured)"
 
@@ -103,6 +105,9 @@ def _product_seconds(size: int, device: torch.device, dtype: torch.dtype) -> flo
     if dtype == torch.int8:
         left, right = ((side * 254 - 127).to(dtype) for side in (left, right))
         return min(_seconds(product, device) for product in _whole_products(left, right))
+    if dtype == torch.float8_e4m3fn:
+        factors = float8.rounded(left), float8.rounded(right)
+        return _seconds(lambda: float8.multiplied(*factors), device)
     left, right = left.to(dtype), right.to(dtype)
     return _seconds(lambda: F.linear(left, right), device)  # the layout of a layer's weight
 

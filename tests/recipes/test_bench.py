@@ -87,16 +87,16 @@ def test_the_floor_is_the_slower_of_reading_and_computing() -> None:
     json.dumps(found)
 
 
-def test_whole_numbers_are_multiplied_at_a_rate_of_their_own() -> None:
+def test_eight_bits_are_multiplied_at_a_rate_of_their_own() -> None:
     both = Limits(Peak(10.0, torch.float32, CPU, 1), Reading(1.0, 1, CPU, 1), Peak(40.0, torch.int8, CPU, 1))
-    work = Repeat(seconds=8.0, units=1, read=1.0, flops=20.0, limits=both, whole=80.0)
+    work = Repeat(seconds=8.0, units=1, read=1.0, flops=20.0, limits=both, narrow=80.0)
     assert work.floor == {"memory": 1.0, "matrix": 2.0 + 2.0}
-    assert Figure("x", {}, "tokens/s", [work], {}).as_dict()["details"]["matrix_whole_number_ops"] == 40.0
+    assert Figure("x", {}, "tokens/s", [work], {}).as_dict()["details"]["matrix_eight_bit_ops"] == 40.0
     faster = Limits(both.peak, both.reading, Peak(50.0, torch.int8, CPU, 1))
     for one, other in ((both, faster), (faster, both), (limits(1.0, 1.0), faster)):
-        better = one.better(other).whole
+        better = one.better(other).narrow
         assert better is not None and better.flops == 50.0
-    assert limits(1.0, 1.0).better(limits(2.0, 2.0)).whole is None
+    assert limits(1.0, 1.0).better(limits(2.0, 2.0)).narrow is None
 
 
 def test_every_way_to_the_peak_of_whole_numbers_multiplies_them() -> None:
@@ -302,7 +302,7 @@ def test_a_model_quantized_meanwhile_is_measured_as_one_that_was_before(
     assert any("bits per weight read" in line for line in said)
     assert any("int8 matrix products" in line for line in said)
     assert now["settings"]["quantize"]["scheme"] == "int8"
-    assert now["details"]["matrix_whole_number_ops"] > 0
+    assert now["details"]["matrix_eight_bit_ops"] > 0
     puna.load(directory, dtype="bfloat16", device="cpu", quantize="int8").save(tmp_path / "int8")
     (before,) = run(what, str(tmp_path / "int8"), *few)
     assert before["details"]["bits_per_weight"] == now["details"]["bits_per_weight"] < 16
@@ -310,7 +310,7 @@ def test_a_model_quantized_meanwhile_is_measured_as_one_that_was_before(
     (plain,) = run(what, str(directory), "quantize=none", *few)
     assert plain["settings"]["quantize"] is None
     assert plain["details"]["bits_per_weight"] == 16
-    assert plain["details"]["matrix_whole_number_ops"] is None
+    assert plain["details"]["matrix_eight_bit_ops"] is None
     again = parse(WHATS[what].settings, json.loads(json.dumps(now["settings"])))
     assert again.model_dump(mode="json") == now["settings"]
 
@@ -330,18 +330,23 @@ def test_settings_come_from_a_file_and_the_command_line_wins(tmp_path: Path, dir
 
 
 @pytest.mark.parametrize("what", WHATS)
-def test_the_help_names_every_setting_with_its_default_and_every_column(what: str) -> None:
+def test_the_help_names_every_setting_with_its_default_and_every_column(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "90")
+    lines = explain(what).splitlines()
+    assert max(map(len, lines)) <= 90
     rows = {
-        line.split()[0]: " ".join(line.split()[1:]) for line in explain(what).splitlines() if line[:2] == "  "
+        line.split()[0]: " ".join(line.split()[1:]) for line in lines if line[:2] == "  " and line[2] != " "
     }
     for name in WHATS[what].settings.model_fields:
         assert any(row.partition(".")[0] == name for row in rows), name
     assert rows["model"].startswith("puna-110m A preset")
     if what == "train":
-        assert rows["policy"].startswith("['auto'] What layers keep")
+        assert rows["rows"].startswith("8 Rows of tokens that one update")
     else:
         assert rows["engine.step_tokens"].startswith("512")
-        prompts = {"decode": "64 Tokens", "prefill": "[128, 512] Tokens", "serve": "[16, 256] Tokens"}
+        prompts = {"decode": "64 Tokens", "prefill": "[128,512] Tokens", "serve": "[16,256] Tokens"}
         assert rows["prompt"].startswith(prompts[what])
     assert all(len(text.split()) > 1 for name, text in rows.items() if "engine" not in name)
     headings = {"serve": serving.HEADINGS, "train": training.HEADINGS}.get(what, HEADINGS)

@@ -230,8 +230,9 @@ def test_clients_wait_for_their_answers(clients: int) -> None:
     assert sorted(map(int, server.prompts)) == list(range(12))
     for one in found:
         assert one.first is not None and one.each is not None
-        assert 0 < one.first < one.each  # it sleeps between the first text and the second
-        assert 0.018 < one.each < one.ended - one.sent
+        assert one.first > 0
+        assert 0.018 < one.each < one.ended - one.sent  # it sleeps between the first text and the second
+    assert min(one.first for one in found if one.first is not None) < 0.018  # and not before the first
     least = 0.018 * 12 / clients
     assert max(one.ended for one in found) - min(one.sent for one in found) > least
 
@@ -457,8 +458,10 @@ def test_a_server_under_load_and_a_row_for_every_load(directory: Path) -> None:
         assert result["ratio"] == pytest.approx(result["value"] / result["limit"])
         assert details["requests"] == 16
         assert 0 < details["outside_the_engine"] < 1
-        for times in (details["seconds_to_first_text"], details["seconds_per_next_token"]):
-            assert 0 < times["50"] <= times["95"] <= times["99"]
+        first, following = details["seconds_to_first_text"], details["seconds_per_next_token"]
+        assert 0 < first["50"] <= first["95"] <= first["99"]
+        # So small a model writes an answer in the time that a client takes to look.
+        assert 0 <= following["50"] <= following["95"] <= following["99"]
         parse(ServeBenchSettings, json.loads(json.dumps(result["settings"])))
         assert parse(EngineSettings, result["settings"]["engine"]).max_running == 16
     one, four, arriving = (result["details"] for result in results)

@@ -9,6 +9,7 @@ from shutil import which
 
 import pytest
 
+from puna.engine.constraints import Grammars
 from puna.engine.llm import LLM
 from puna.engine.loading import load
 from puna.model.config import ModelConfig
@@ -48,6 +49,12 @@ def server(llm: LLM) -> Iterator[Running]:
     """A server of the random model, with every setting as it is by default."""
     with running(llm) as it:
         yield it
+
+
+@pytest.fixture(scope="session")
+def grammars(tokenizer: Tokenizer) -> Grammars:
+    """What answers may be held to."""
+    return Grammars(tokenizer, tokenizer.vocab_size, tokenizer.end_ids)
 
 
 @pytest.fixture(scope="session")

@@ -20,19 +20,8 @@ pytest.importorskip("jsonschema")
 import jsonschema
 
 from puna.engine.constraints import Grammars
+from tests.serve.calls import CLOCK, CUT, USER, WEATHER, assert_read, begin, closed, random_schema, takes
 from tests.serve.running import Running, chunks_of
-from tests.serve.test_tools import (
-    CLOCK,
-    CUT,
-    USER,
-    WEATHER,
-    _begin,
-    _random_schema,
-    _same,
-    _streamed,
-    _takes,
-    closed,
-)
 
 TOOLS = [WEATHER, CLOCK]
 PERSON = closed(name={"type": "string", "maxLength": 5}, age={"type": "integer"})
@@ -45,11 +34,6 @@ def form_of(schema: Any) -> dict[str, Any]:
 
 
 ANY = {"type": "json_object"}
-
-
-@pytest.fixture(scope="module")
-def grammars(tokenizer: Tokenizer) -> Grammars:
-    return Grammars(tokenizer, tokenizer.vocab_size, tokenizer.end_ids)
 
 
 @pytest.mark.parametrize(
@@ -77,15 +61,15 @@ def grammars(tokenizer: Tokenizer) -> Grammars:
 def test_what_an_answer_may_be(
     grammars: Grammars, tokenizer: Tokenizer, form: Any, text: str, taken: bool
 ) -> None:
-    assert _takes(grammars, tokenizer, bind(TOOLS, "auto", form), text) == taken
+    assert takes(grammars, tokenizer, bind(TOOLS, "auto", form), text) == taken
 
 
 def test_whatever_the_form_admits_is_admitted_beside_calls(grammars: Grammars, tokenizer: Tokenizer) -> None:
     rng, seen = random.Random(8), 0
     for _ in range(25):
-        schema = {**_random_schema(rng), "$defs": {"shared": {"type": "boolean"}}}
+        schema = {**random_schema(rng), "$defs": {"shared": {"type": "boolean"}}}
         alone, beside = bind(None, None, form_of(schema)), bind(TOOLS, None, form_of(schema))
-        left, right = _begin(grammars, alone), _begin(grammars, beside)
+        left, right = begin(grammars, alone), begin(grammars, beside)
         for _ in range(40):
             if left.complete:
                 break
@@ -147,16 +131,7 @@ def test_a_form_that_only_looks_like_a_call_is_taken(schema: Any) -> None:
     ],
 )
 def test_reading_either(text: str, reason: str, message: Any, told: str, size: int) -> None:
-    how: Any = ((), ["f"], True)
-    whole, whole_told = answer_message(ToolCallReader(*how), text, reason)
-    streamed, streamed_told = _streamed(text, reason, size, *how)
-    assert _same(whole, streamed)
-    assert whole_told == streamed_told == told
-    if isinstance(message, str):
-        assert whole == {"content": message}
-    else:
-        (call,) = whole["tool_calls"]
-        assert (call["function"]["name"], call["function"]["arguments"]) == message
+    assert_read(text, reason, size, ((), ["f"], True), message, told)
 
 
 def test_json_is_told_once_it_is_no_call() -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from puna.engine.llm import LLM
-from puna.engine.params import SamplingParams
 from puna.engine.text import answer_text
 from puna.errors import InputError, TokenizerError
 from puna.serve.calls import ToolCallReader, answer_message
@@ -25,6 +24,20 @@ pytest.importorskip("jsonschema")
 import jsonschema
 
 from puna.engine.constraints import Constraint, Grammars
+from tests.serve.calls import (
+    CLOCK,
+    CUT,
+    USER,
+    WEATHER,
+    assert_read,
+    begin,
+    closed,
+    random_object,
+    same,
+    streamed,
+    takes,
+    tool,
+)
 from tests.serve.running import MODEL, Running, chunks_of
 
 LIMIT = 200  # tokens of an answer
@@ -62,83 +75,18 @@ PUBLISHED = """\
 """
 
 
-def tool(name: str, parameters: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    """As a client sends it."""
-    function = {"name": name, **({} if parameters is None else {"parameters": parameters}), **more}
-    return {"type": "function", "function": function}
-
-
-def closed(**properties: Any) -> dict[str, Any]:
-    """An object's schema: these members, and no others."""
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": [*properties],
-        "additionalProperties": False,
-    }
-
-
-WEATHER = tool(
-    "weather", closed(city={"type": "string", "maxLength": 8}), description="What it is like there"
-)
-CLOCK = tool("clock")
-
-
 # What a model writes.
-
-
-def _random_schema(rng: random.Random, depth: int = 0) -> dict[str, Any]:
-    kinds = ["string", "integer", "number", "boolean", "null", "enum", "const"]
-    kind = rng.choice(kinds + ["object", "array", "anyOf", "ref"] * (depth < 3))
-    if kind == "string":
-        return {"type": "string", "maxLength": rng.randint(0, 6)}
-    if kind == "integer":
-        return {"type": "integer", "minimum": rng.randint(-9, 0), "maximum": rng.randint(0, 999)}
-    if kind == "enum":
-        return {"enum": rng.sample(["red", 'a"b', "é", "\\n", 3, None, True, "x y"], rng.randint(1, 4))}
-    if kind == "const":
-        return {"const": {"$ref": "#/$defs/none", "n": [1]}}
-    if kind == "object":
-        return _random_object(rng, depth + 1)
-    if kind == "array":
-        return {"type": "array", "items": _random_schema(rng, depth + 1), "maxItems": rng.randint(0, 3)}
-    if kind == "anyOf":
-        return {"anyOf": [_random_schema(rng, depth + 1) for _ in range(rng.randint(1, 3))]}
-    return {"$ref": "#/$defs/shared"} if kind == "ref" else {"type": kind}
-
-
-def _random_object(rng: random.Random, depth: int = 0) -> dict[str, Any]:
-    names = rng.sample(["a", "b", "city", "name", "parameters", "wärme", "$ref", 'q"', "properties"], 3)
-    properties = {name: _random_schema(rng, depth) for name in names[: rng.randint(0, 3)]}
-    required = [name for name in properties if rng.random() < 0.7]
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": required,
-        "additionalProperties": rng.random() < 0.2,
-    }
 
 
 def _random_tools(rng: random.Random) -> list[dict[str, Any]]:
     names = rng.sample(["get", "get_more", "g", "set-it", "X", "name", "a" * 64], rng.randint(1, 4))
     tools = []
     for name in names:
-        schema = _random_object(rng)
+        schema = random_object(rng)
         # The same name means something else in each of them.
         schema["$defs"] = {"shared": rng.choice([closed(again={"type": "boolean"}), {"enum": [name]}])}
         tools.append(tool(name, schema))
     return tools
-
-
-@pytest.fixture(scope="module")
-def grammars(tokenizer: Tokenizer) -> Grammars:
-    return Grammars(tokenizer, tokenizer.vocab_size, tokenizer.end_ids)
-
-
-def _begin(grammars: Grammars, binding: Binding) -> Constraint:
-    constraint = grammars.constraint(SamplingParams(**binding.fields), (), continues=False)
-    assert constraint is not None
-    return constraint
 
 
 def _wander(tokenizer: Tokenizer, constraint: Constraint, rng: random.Random) -> tuple[str, str]:
@@ -159,34 +107,6 @@ def _wander(tokenizer: Tokenizer, constraint: Constraint, rng: random.Random) ->
     return "".join([*pieces, text.close()]), "length"
 
 
-def _streamed(text: str, reason: str, size: int, *how: Any) -> tuple[dict[str, Any], str | None]:
-    """A message put together from deltas, as OpenAI's client does it."""
-    reader, deltas = ToolCallReader(*how), []
-    for start in range(0, len(text), size):
-        deltas += reader.push(text[start : start + size])
-    rest, told = reader.finish(reason)
-    message: dict[str, Any] = {"content": None}
-    for delta in [*deltas, *rest]:
-        if "content" in delta:
-            message["content"] = (message["content"] or "") + delta["content"]
-            continue
-        (call,) = delta["tool_calls"]
-        assert call.pop("index") == 0
-        if "tool_calls" not in message:
-            assert call["id"].startswith("call_") and call["function"]["arguments"] == ""
-            message["tool_calls"] = [call]
-        else:
-            assert set(call) == {"function"} and set(call["function"]) == {"arguments"}
-            message["tool_calls"][0]["function"]["arguments"] += call["function"]["arguments"]
-    return message, told
-
-
-def _same(message: dict[str, Any], other: dict[str, Any]) -> bool:
-    """But for the calls' ids, which are drawn."""
-    calls = [[call["function"] for call in one.get("tool_calls", ())] for one in (message, other)]
-    return (message["content"] or "") == (other["content"] or "") and calls[0] == calls[1]
-
-
 @pytest.mark.parametrize("choice", ["auto", "required", "named"])
 def test_whatever_is_called_fits_its_schema(choice: str, grammars: Grammars, tokenizer: Tokenizer) -> None:
     rng, seen = random.Random(choice), {"call": 0, "text": 0, "cut": 0}
@@ -195,7 +115,7 @@ def test_whatever_is_called_fits_its_schema(choice: str, grammars: Grammars, tok
         schemas = {each["function"]["name"]: each["function"]["parameters"] for each in tools}
         name = rng.choice([*schemas])
         wanted = {"type": "function", "function": {"name": name}} if choice == "named" else choice
-        constraint = _begin(grammars, bind(tools, wanted))
+        constraint = begin(grammars, bind(tools, wanted))
         if choice == "auto" and rng.random() < 0.5:
             constraint.accept(begun := tokenizer.encode("{", bos=False)[-1])
             assert tokenizer.decode([begun]) == "{"
@@ -205,9 +125,9 @@ def test_whatever_is_called_fits_its_schema(choice: str, grammars: Grammars, tok
             text, reason = _wander(tokenizer, constraint, rng)
         message, told = answer_message(ToolCallReader(), text, reason)
         for size in (1, 2, 3, 7, 1000):
-            streamed, streamed_told = _streamed(text, reason, size)
-            assert _same(streamed, message)
-            assert streamed_told == told
+            pieces, pieces_told = streamed(text, reason, size)
+            assert same(pieces, message)
+            assert pieces_told == told
         if told == "tool_calls":
             (call,) = message["tool_calls"]
             function = call["function"]
@@ -251,16 +171,6 @@ def test_a_models_own_answers_are_of_both_kinds(llm: LLM, tokenizer: Tokenizer) 
     assert kinds == {"tool_calls", "text"}
 
 
-def _takes(grammars: Grammars, tokenizer: Tokenizer, binding: Binding, text: str) -> bool:
-    """Whether a text may be the answer, as a whole."""
-    constraint = _begin(grammars, binding)
-    for token in tokenizer.encode(text, bos=False):
-        if not constraint.allowed()[token]:
-            return False
-        constraint.accept(token)
-    return bool(constraint.allowed()[tokenizer.eos_id])
-
-
 NODE = closed(value={"type": "integer"})
 NODE["properties"]["next"] = {"$ref": "#/$defs/node"}
 TREE = {"$schema": "http://json-schema.org/draft-07/schema#", "$ref": "#/$defs/node", "$defs": {"node": NODE}}
@@ -301,7 +211,7 @@ def test_references_are_relative_to_their_function(
     call = f'{{"name":"f","parameters":{arguments}}}'
     for choice in ("auto", "required", {"type": "function", "function": {"name": "f"}}):
         binding = bind(tools, choice)
-        assert _takes(grammars, tokenizer, binding, call) == taken
+        assert takes(grammars, tokenizer, binding, call) == taken
 
 
 @pytest.mark.parametrize(
@@ -309,14 +219,14 @@ def test_references_are_relative_to_their_function(
 )
 def test_free_text_is_what_begins_with_no_brace(grammars: Grammars, tokenizer: Tokenizer, text: str) -> None:
     free = not text.strip().startswith("{")
-    assert _takes(grammars, tokenizer, bind([CLOCK]), text) == free
-    assert not _takes(grammars, tokenizer, bind([CLOCK], "required"), text)
+    assert takes(grammars, tokenizer, bind([CLOCK]), text) == free
+    assert not takes(grammars, tokenizer, bind([CLOCK], "required"), text)
 
 
 @pytest.mark.parametrize("blank", ["", " ", "\n", "\n\n"])
 def test_a_call_may_follow_a_space(grammars: Grammars, tokenizer: Tokenizer, blank: str) -> None:
     text = blank + '{"name":"clock","parameters":{}}'
-    assert _takes(grammars, tokenizer, bind([CLOCK]), text)
+    assert takes(grammars, tokenizer, bind([CLOCK]), text)
     message, reason = answer_message(ToolCallReader(), text, "stop")
     assert reason == "tool_calls"
     assert message["tool_calls"][0]["function"] == {"name": "clock", "arguments": "{}"}
@@ -342,8 +252,8 @@ def test_an_answer_in_words_ends_where_the_format_does(
     grammars: Grammars, tokenizer: Tokenizer, text: str, taken: bool
 ) -> None:
     binding = bind([CLOCK], ends=(END,))
-    assert _takes(grammars, tokenizer, binding, text) == taken
-    constraint = _begin(grammars, binding)
+    assert takes(grammars, tokenizer, binding, text) == taken
+    constraint = begin(grammars, binding)
     if taken and text.endswith(END):
         for token in tokenizer.encode(text, bos=False):
             assert not constraint.complete
@@ -352,8 +262,8 @@ def test_an_answer_in_words_ends_where_the_format_does(
     for size in (1, 2, 3, 5, 100):
         for written, reason in ((text, "stop"), (text[:-1], "length")):
             message, told = answer_message(ToolCallReader(binding.ends), written, reason)
-            assert _streamed(written, reason, size, binding.ends)[1] == told
-            assert _same(_streamed(written, reason, size, binding.ends)[0], message)
+            assert streamed(written, reason, size, binding.ends)[1] == told
+            assert same(streamed(written, reason, size, binding.ends)[0], message)
             assert (message["content"] or "") == ("" if told == "tool_calls" else written.removesuffix(END))
 
 
@@ -444,7 +354,7 @@ def test_what_cannot_be_used_is_told_by_its_function(
         for choice in ("auto", "required"):
             binding = bind(tools, choice)
             with pytest.raises(InputError) as caught:
-                _begin(grammars, binding)
+                begin(grammars, binding)
             blamed = binding.blamed(caught.value)
             assert re.match(message, str(blamed)) or message in str(blamed)
             assert "\n" not in str(blamed) and blamed.param == "tools"
@@ -457,7 +367,7 @@ def test_only_what_binds_is_blamed(grammars: Grammars) -> None:
         bind([CLOCK]).blamed(other) is bind().blamed(other) is bind(None, None, form).blamed(other) is other
     )
     with pytest.raises(InputError) as caught:
-        _begin(grammars, bind(None, None, form))
+        begin(grammars, bind(None, None, form))
     told = bind(None, None, form).blamed(caught.value)
     assert str(told).startswith("response_format: the JSON schema cannot be used: Unimplemented")
     assert bind().blamed(caught.value) is caught.value
@@ -489,7 +399,7 @@ def test_what_explodes_is_refused_or_followed_at_a_bounded_cost(
     start = time.perf_counter()
     try:
         binding = bind([tool(f"f{number}", parameters) for number in range(count)], "required")
-        constraint = _begin(grammars, binding)
+        constraint = begin(grammars, binding)
         for token in tokenizer.encode('{"name":"f0","parameters":{"a":', bos=False):
             constraint.accept(token)
         for _ in range(50):
@@ -514,7 +424,6 @@ def result(index: str, content: str = "Sunny") -> dict[str, Any]:
     return {"role": "tool", "tool_call_id": index, "content": content}
 
 
-USER = {"role": "user", "content": "Is it sunny in Lima?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 CALLED = '{"name":"weather","parameters":{"city":"Lima"}}'
 TALK = [SYSTEM, USER, calling(call("1")), result("1"), {"role": "assistant", "content": "Yes."}, USER]
@@ -627,7 +536,7 @@ def test_the_history_reads_as_the_model_wrote_it(grammars: Grammars, tokenizer: 
     rng = random.Random(5)
     parameters = closed(a={"enum": ['x"\n', "é", 1, None, {"b": [True, -0.5]}]}, wärme={"type": "boolean"})
     for _ in range(10):
-        text, reason = _wander(tokenizer, _begin(grammars, bind([tool("f", parameters)], "required")), rng)
+        text, reason = _wander(tokenizer, begin(grammars, bind([tool("f", parameters)], "required")), rng)
         message, _ = answer_message(ToolCallReader(), text, reason)
         history = tool_messages([{"role": "assistant", **message}, result(message["tool_calls"][0]["id"])])
         assert chat.calls_in_words(history[0]) == text
@@ -654,16 +563,7 @@ def test_the_history_reads_as_the_model_wrote_it(grammars: Grammars, tokenizer: 
     ],
 )
 def test_reading_in_pieces(text: str, reason: str, message: Any, told: str, size: int) -> None:
-    whole, whole_told = answer_message(ToolCallReader(), text, reason)
-    streamed, streamed_told = _streamed(text, reason, size)
-    assert _same(whole, streamed)
-    assert whole_told == streamed_told == told
-    if isinstance(message, str):
-        assert whole == {"content": message}
-    else:
-        (call,) = whole["tool_calls"]
-        assert whole["content"] is None and call["type"] == "function"
-        assert (call["function"]["name"], call["function"]["arguments"]) == message
+    assert_read(text, reason, size, (), message, told)
 
 
 def test_text_is_told_as_it_comes() -> None:
@@ -683,8 +583,6 @@ def test_text_is_told_as_it_comes() -> None:
 
 
 # Through HTTP.
-
-CUT = {"overflow": "truncate"}  # the model's context is short
 
 
 def test_openais_client_calls_answers_and_goes_on(server: Running) -> None:

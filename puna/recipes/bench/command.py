@@ -8,6 +8,8 @@ limit, ratio, environment, details}. `settings` are those that measure this row 
 from __future__ import annotations
 
 import json
+import shutil
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,8 @@ from puna.recipes.bench.serving import ServeBenchSettings, serve
 from puna.recipes.bench.training import train
 from puna.recipes.bench.training_settings import TrainBenchSettings
 from puna.settings import Settings, read_settings
+
+NARROWEST = 30  # characters beside a name
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,15 @@ def explain(what: str | None) -> str:
     """
     known = _known(what)
     lines = [f"Settings of {what}, as key=value:", *_rows(known.settings, ""), "", "Columns:"]
-    return "\n".join([*lines, *(f"  {name:24} {text}" for name, text in known.columns.items())])
+    return "\n".join([*lines, *(_folded(f"  {name:24}", text) for name, text in known.columns.items())])
+
+
+def _folded(head: str, text: str) -> str:
+    """What is said of something, beside its name, on as many lines of the terminal as it takes."""
+    if not text:
+        return head
+    width = max(shutil.get_terminal_size().columns, len(head) + NARROWEST)
+    return textwrap.fill(text, width, initial_indent=f"{head} ", subsequent_indent=" " * (len(head) + 1))
 
 
 def _rows(cls: type[Settings], prefix: str) -> Iterator[str]:
@@ -60,12 +72,14 @@ def _rows(cls: type[Settings], prefix: str) -> Iterator[str]:
             yield from _rows(type(value), f"{prefix}{name}.")
         elif isinstance(value, Settings):
             changed = ", ".join(f"{key}={item}" for key, item in value.model_dump(exclude_unset=True).items())
-            yield f"  {f'{prefix}{name}.…':24} {changed}".ljust(43) + f" {told}"
+            yield _folded(f"  {f'{prefix}{name}.…':24} {changed:16}", told)
         else:
-            yield f"  {prefix + name:24} {_shown(value):16} {told}".rstrip()
+            yield _folded(f"  {prefix + name:24} {_shown(value):16}", told).rstrip()
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_shown, value))}]"
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -22,21 +22,23 @@ SECONDS = 0.4  # for each limit, before and after every repeat
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine can do at most; `whole` is the peak of whole numbers, where they are multiplied."""
+    """What the machine can do at most; `narrow` is the peak of numbers of eight bits, where they are
+    multiplied: whole ones, or those of float8.
+    """
 
     peak: Peak
     reading: Reading
-    whole: Peak | None = None
+    narrow: Peak | None = None
 
-    def seconds(self, read: float, flops: float, whole: float = 0.0) -> dict[str, float]:
+    def seconds(self, read: float, flops: float, narrow: float = 0.0) -> dict[str, float]:
         """The least that reading so many bytes takes, and computing so much; the larger is the floor.
 
         That is the roofline (doi 10.1145/1498765.1498785): a perfect program does the one during the other.
-        The operations on whole numbers are counted at their own rate, since that of floating point is lower.
+        The operations on numbers of eight bits are counted at their own rate, since that of others is lower.
         """
         matrix = flops / self.peak.flops
-        if self.whole is not None:
-            matrix += whole / self.whole.flops
+        if self.narrow is not None:
+            matrix += narrow / self.narrow.flops
         return {"memory": read / self.reading.rate, "matrix": matrix}
 
     def better(self, other: Limits) -> Limits:
@@ -44,7 +46,7 @@ class Limits:
         return Limits(
             max(self.peak, other.peak, key=lambda peak: peak.flops),
             max(self.reading, other.reading, key=lambda reading: reading.rate),
-            max(filter(None, (self.whole, other.whole)), key=lambda peak: peak.flops, default=None),
+            max(filter(None, (self.narrow, other.narrow)), key=lambda peak: peak.flops, default=None),
         )
 
 
@@ -61,7 +63,7 @@ def measure_limits(device: torch.device, dtype: torch.dtype, whole: bool = False
 class Repeat:
     """A timed piece of work: what it did, had to read and compute, and what the machine could do.
 
-    `flops` are operations on floating-point numbers, `whole` those on whole ones.
+    `flops` are operations on floating-point numbers, `narrow` those on numbers of eight bits.
     """
 
     seconds: float
@@ -69,12 +71,12 @@ class Repeat:
     read: float
     flops: float
     limits: Limits
-    whole: float = 0.0
+    narrow: float = 0.0
 
     @property
     def floor(self) -> dict[str, float]:
         """Seconds by what takes them."""
-        return self.limits.seconds(self.read, self.flops, self.whole)
+        return self.limits.seconds(self.read, self.flops, self.narrow)
 
     @property
     def ratio(self) -> float:
@@ -135,7 +137,7 @@ class Figure:
                 "limited_by": by,
                 "read_bytes_per_s": limits.reading.rate,
                 "matrix_flops": limits.peak.flops,
-                "matrix_whole_number_ops": None if limits.whole is None else limits.whole.flops,
+                "matrix_eight_bit_ops": None if limits.narrow is None else limits.narrow.flops,
                 "repeats": [repeat.units / repeat.seconds for repeat in self.repeats],
                 "repeat_ratios": [repeat.ratio for repeat in self.repeats],
                 "spread": self.spread,

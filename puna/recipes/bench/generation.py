@@ -192,7 +192,7 @@ def _begin(settings: GenerationSettings, needed: int, say: Say) -> _Bench:
     subject = open_subject(settings.model, dtype, device, settings.context, needed, settings.quantize)
     limits = measure_limits(device, dtype, has_whole_numbers(subject.model))
     say(f"model: {settings.model}, {described(subject, dtype)}")
-    for limit in filter(None, (limits.reading, limits.peak, limits.whole)):
+    for limit in filter(None, (limits.reading, limits.peak, limits.narrow)):
         say(f"limit: {limit}; anew around every repeat")
     return _Bench(settings, subject, device, dtype, memory)
 

@@ -98,7 +98,7 @@ def put(server: ServerProcess, load: Load, asks: Sequence[Ask], seed: str, engin
         CheckFailed: a request failed, or its answer was not as long as asked.
     """
     before = server.counted()
-    outcomes = _outcomes(server.target, load, asks, seed)
+    outcomes = answered(server.target, [ask.query() for ask in asks], load, seed)
     after = server.counted()
     check(asks, outcomes)
 
@@ -115,12 +115,12 @@ def put(server: ServerProcess, load: Load, asks: Sequence[Ask], seed: str, engin
     )
 
 
-def _outcomes(target: Target, load: Load, asks: Sequence[Ask], seed: str) -> list[Outcome]:
-    queries = [ask.query() for ask in asks]
+def answered(target: Target, queries: Sequence[Query], load: Load, seed: str) -> list[Outcome]:
+    """What clients saw of requests that come as the load says; `seed`: of when they arrive."""
     if load.clients is not None:
         return drive(closed_loop(target, queries, load.clients, TIMEOUT))
     assert load.rate is not None
-    return drive(open_loop(target, queries, poisson_arrivals(load.rate, len(asks), seed), TIMEOUT))
+    return drive(open_loop(target, queries, poisson_arrivals(load.rate, len(queries), seed), TIMEOUT))
 
 
 def check(asks: Sequence[Ask], outcomes: Sequence[Outcome]) -> None:

@@ -61,23 +61,39 @@ def open_subject(
         SettingsError: the context is too short for what is to be measured, or that of a model with its own.
         ModelError: it is no model, or cannot be quantized so.
     """
+    check_context(name, context)
     if name in PRESETS:
-        own = PRESETS[name]
-        length = context or max(own.max_position_embeddings, needed)
-        config = own.model_copy(update={"max_position_embeddings": length})
-        subject = Subject(random_model(config, dtype, device, quantize), None, length)
+        config = preset_config(name, context, needed)
+        random = random_model(config, dtype, device, quantize)
+        subject = Subject(random, None, config.max_position_embeddings)
     else:
-        if context is not None:
-            raise SettingsError(f"context is for presets, whose weights are random; {name} has its own")
         llm = puna.load(name, dtype=str(dtype).removeprefix("torch."), device=str(device), quantize=quantize)
         subject = Subject(llm.model, llm.tokenizer, context_length(llm.config))
-    if subject.context < needed:
-        raise SettingsError(
-            f"{needed} positions are needed, and the context has {subject.context}; lower prompt or new"
-            + (", or raise context" if name in PRESETS else "")
-        )
+    check_room(name, subject.context, needed)
     pack(subject.model)
     return subject
+
+
+def preset_config(name: str, context: int | None, needed: int) -> ModelConfig:
+    """A preset whose context is the one asked for, or its own, or grows to `needed` positions."""
+    own = PRESETS[name]
+    length = context or max(own.max_position_embeddings, needed)
+    return own.model_copy(update={"max_position_embeddings": length})
+
+
+def check_context(name: str, context: int | None) -> None:
+    """Raises SettingsError where a context is asked for of a model that has its own."""
+    if context is not None and name not in PRESETS:
+        raise SettingsError(f"context is for presets, whose weights are random; {name} has its own")
+
+
+def check_room(name: str, context: int, needed: int) -> None:
+    """Raises SettingsError where a context is too short for what is to be measured."""
+    if context < needed:
+        advice = ", or raise context" if name in PRESETS else ""
+        raise SettingsError(
+            f"{needed} positions are needed, and the context has {context}; lower prompt or new{advice}"
+        )
 
 
 def random_model(

@@ -22,7 +22,6 @@ from puna.devices import choose_device, choose_dtype
 from puna.engine.cache import bytes_per_position
 from puna.engine.llm import LLM, context_length
 from puna.engine.settings import EngineSettings
-from puna.errors import SettingsError
 from puna.formats.huggingface.directory import HuggingFaceSettings
 from puna.model.initial import initial_weights
 from puna.model.presets import PRESETS
@@ -31,7 +30,7 @@ from puna.recipes.bench.figures import Figure, Limits, Repeat, Say, measure_limi
 from puna.recipes.bench.generation import GenerationSettings, described
 from puna.recipes.bench.load import Ask, Load, Served, put
 from puna.recipes.bench.made_up_tokenizer import write_tokenizer
-from puna.recipes.bench.model import Subject, flops_of
+from puna.recipes.bench.model import Subject, check_context, check_room, flops_of, preset_config
 from puna.recipes.bench.server_process import ServerProcess, free_port, running
 from puna.recipes.bench.work import bits_per_weight, has_whole_numbers, whole_operations
 from puna.recipes.models import ModelChoice
@@ -141,18 +140,11 @@ def serve(settings: ServeBenchSettings, say: Say, track: Track) -> list[Figure]:
 
 def _prepared(settings: ServeBenchSettings, place: Path) -> ModelChoice:
     """A model on disk that holds the longest request, and a tokenizer: one is made up where there is none."""
-    made_up = settings.model in PRESETS
-    if settings.context is not None and not made_up:
-        raise SettingsError(f"context is for presets, whose weights are random; {settings.model} has its own")
+    check_context(settings.model, settings.context)
     needed = settings.prompt[1] + settings.new[1]
-    name = str(_saved(settings, needed, place)) if made_up else settings.model
+    name = str(_saved(settings, needed, place)) if settings.model in PRESETS else settings.model
     source = ModelChoice(name).source()
-    context = context_length(source.config)
-    if context < needed:
-        advice = ", or raise context" if made_up else ""
-        raise SettingsError(
-            f"{needed} positions are needed, and the context has {context}; lower prompt or new{advice}"
-        )
+    check_room(settings.model, context_length(source.config), needed)
     path = source.path if settings.quantize is None else _quantized(settings, source.path, place)
     if source.open_tokenizer is not None:
         return ModelChoice(str(path))
@@ -162,9 +154,7 @@ def _prepared(settings: ServeBenchSettings, place: Path) -> ModelChoice:
 
 def _saved(settings: ServeBenchSettings, needed: int, place: Path) -> Path:
     """A preset with random weights, as a model directory."""
-    own = PRESETS[settings.model]
-    length = settings.context or max(own.max_position_embeddings, needed)
-    weights = initial_weights(own.model_copy(update={"max_position_embeddings": length}), seed=0)
+    weights = initial_weights(preset_config(settings.model, settings.context, needed), seed=0)
     formats.save(place / settings.model, weights, settings=HuggingFaceSettings(dtype="bfloat16"))
     return place / settings.model
 

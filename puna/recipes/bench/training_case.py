@@ -2,8 +2,9 @@
 
     python -m puna.recipes.bench.training_case < settings.json
 
-prints one line of JSON. A process of its own, because the most memory that a process held cannot be told
-apart by what held it.
+prints lines of JSON: {"doing": …, "done": …} as it goes on, at the end {"found": …}, or {"error": …,
+"message": …}. A process of its own, because the most memory that a process held cannot be told apart by what
+held it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,16 @@ from puna.model.config import ModelConfig
 from puna.model.initial import initialize
 from puna.model.llama import Llama
 from puna.plan.measure import Peak, measure_peak, measure_reading
+from puna.progress import counted
 from puna.recipes.bench.figures import SECONDS, PeakMemory
-from puna.recipes.bench.training_settings import TrainBenchSettings, document_ends, shape_of
+from puna.recipes.bench.training_settings import (
+    TrainBenchSettings,
+    document_ends,
+    in_these_names,
+    policy_of,
+    precision_of,
+    shape_of,
+)
 from puna.settings import parse
 from puna.train import optimizer as optimizers
 from puna.train.compile import Layers, prepare_layers
@@ -41,16 +51,18 @@ from puna.train.determinism import DeterminismSettings, make_deterministic
 from puna.train.footprint import Run, check_fits
 from puna.train.loop import LoopSettings, TrainState, rehearse, train
 from puna.train.memory import keep_freed_memory, memory_errors
-from puna.train.objectives import language_modelling
+from puna.train.objectives import Objective, language_modelling
 from puna.train.optimizer import Optimizer, OptimizerSettings
-from puna.train.policies import Circumstances, MemorySettings, choose_policy
-from puna.train.precision import Precision, PrecisionSettings
+from puna.train.precision import Precision
 from puna.train.run import environment
 
 WARM = 2  # updates that do not count: memory is touched for the first time, libraries start up
 ROOM = 2  # updates over which the most memory is taken
 MARKED = 3  # updates whose parts are told apart
 ROWS_HELD = 64  # rows of tokens to draw from, at least
+AROUND = 2  # runs besides the repeats: one until the model is warm, one that tells the parts apart
+Tell = Callable[[str, int], None]
+"""What is done from now on, and how many runs ended."""
 TOOK = ("forward", "loss", "backward", "updating", "waiting")
 
 
@@ -95,7 +107,7 @@ class Case:
         began = time.perf_counter()
         wanted = LoopSettings(steps=self.state.step + steps, seed=self.settings.seed)
         train(
-            language_modelling, self.model, self.optimizer, self.source, self.state,
+            _objective(self.settings), self.model, self.optimizer, self.source, self.state,
             settings=wanted, rate=lambda step: 1e-5, precision=self.precision, record=self._record,
         )  # fmt: skip
         self.wait()
@@ -121,8 +133,7 @@ def opened(settings: TrainBenchSettings) -> Iterator[Case]:
     device = choose_device(settings.device)
     make_deterministic(DeterminismSettings(threads=settings.threads), device)
     keep_freed_memory(device)
-    types = parse(PrecisionSettings, {"dtype": settings.dtype, "weights": settings.weights})
-    precision = Precision.of(types, device)
+    precision = precision_of(settings, device)
     config = shape_of(settings)
     check_fits(_run(settings, config, precision), device)
     with tempfile.TemporaryDirectory(prefix="puna-bench-") as place:
@@ -134,12 +145,12 @@ def opened(settings: TrainBenchSettings) -> Iterator[Case]:
         notes: list[str] = []
 
         def trial() -> None:
-            rehearse(language_modelling, model, batch, precision)
+            rehearse(_objective(settings), model, batch, precision)
 
-        memory = parse(MemorySettings, {"policy": settings.policy[0]})
-        at = Circumstances(device, precision.compute, compiling=settings.compile == "on")
-        policy = choose_policy(memory, model, at)
-        layers = prepare_layers(model, policy, settings.compile, device, trial, notes.append)
+        policy = policy_of(settings, model, precision)
+        layers = prepare_layers(
+            model, policy, settings.compile, device, trial, notes.append, float8=settings.float8
+        )
         chosen = parse(OptimizerSettings, {"name": settings.optimizer})
         optimizer = optimizers.build(model, chosen, precision, settings.seed)
         source = Continuing(loader, loader.steps(0))
@@ -148,9 +159,13 @@ def opened(settings: TrainBenchSettings) -> Iterator[Case]:
         yield case
 
 
+def _objective(settings: TrainBenchSettings) -> Objective:
+    return partial(language_modelling, z=settings.z)
+
+
 def _run(settings: TrainBenchSettings, config: ModelConfig, precision: Precision) -> Run:
     (length,), (policy,) = settings.row_length, settings.policy
-    micro = settings.micro_rows or settings.rows
+    micro = settings.rows_at_once
     state = optimizers.bytes_per_number(precision)["optimizer"]
     return Run(
         config, micro, length, "paper" if policy == "auto" else policy, precision.compute, precision.stored,
@@ -171,33 +186,38 @@ def _tokens(settings: TrainBenchSettings, config: ModelConfig, place: Path) -> T
 
 def _loader(settings: TrainBenchSettings, tokens: TokenSet) -> Loader:
     (length,) = settings.row_length
-    micro = settings.micro_rows or settings.rows
     # A row that is one document needs no documents: attention covers all of it.
     return Loader(
-        tokens, length, settings.rows, micro, seed=settings.seed, cross_documents=settings.documents == 1
-    )
+        tokens, length, settings.rows, settings.rows_at_once, seed=settings.seed,
+        cross_documents=settings.documents == 1,
+    )  # fmt: skip
 
 
-def measure(settings: TrainBenchSettings) -> dict[str, Any]:
+def measure(settings: TrainBenchSettings, tell: Tell = lambda doing, done: None) -> dict[str, Any]:
     """The figures of one case, as JSON: seconds of repeats beside the machine's limits, parts, memory."""
+    tell("making the model, first updates", 0)
     reading = measure_reading(choose_device(settings.device), SECONDS).rate  # while there is room for it
     with opened(settings) as case:
+        tell("memory", 0)
         memory = _memory(case)
         each = statistics.median(timing["seconds"] for timing in case.timings[WARM:])
         steps = settings.steps or max(1, round(settings.seconds / each))
-        repeats, before = [], _peak(case)
-        for _ in range(settings.repeats):
-            seconds, after = case.run(steps), _peak(case)
-            flops = max(before.flops, after.flops)
-            repeats.append({"seconds": seconds, "steps": steps, "flops": flops})
+        repeats, before = [], _peaks(case)
+        for number in range(settings.repeats):
+            tell(f"repeat {number + 1} of {settings.repeats}, {counted(steps, 'update')}", 1)
+            seconds, after = case.run(steps), _peaks(case)
+            best = [max(pair, key=lambda peak: peak.flops) for pair in zip(before, after, strict=True)]
+            rates = [peak.flops for peak in best]
+            repeats.append({"seconds": seconds, "steps": steps, "flops": rates})
             before = after
+        tell("the parts of an update", 1)
         return {
             "repeats": repeats,
-            "peak": str(before),
+            "peaks": [str(peak) for peak in before],
             "reading": reading,
             "parts": _parts(case),
             "memory": memory,
-            "precision": str(case.precision),
+            "precision": f"{case.precision}{', layers in float8' if settings.float8 else ''}",
             "policy": case.layers.policy,
             "layers": str(case.layers),
             "notes": case.notes,
@@ -206,9 +226,11 @@ def measure(settings: TrainBenchSettings) -> dict[str, Any]:
         }
 
 
-def _peak(case: Case) -> Peak:
+def _peaks(case: Case) -> list[Peak]:
+    """That of the products' type; behind it that of the layers', where they have another."""
+    types = [case.precision.compute, *([torch.float8_e4m3fn] if case.settings.float8 else [])]
     with memory_errors("measuring the limit of matrix products"):
-        return measure_peak(case.device, case.precision.compute, SECONDS)
+        return [measure_peak(case.device, dtype, SECONDS) for dtype in types]
 
 
 def _memory(case: Case) -> dict[str, int | None]:
@@ -303,13 +325,22 @@ class _Clock:
 
 
 def main() -> int:
-    """Read settings, print figures; a fault is told as JSON too."""
+    """Read settings, print what is done and figures; a fault is told as JSON too."""
     try:
-        found = measure(parse(TrainBenchSettings, json.loads(sys.stdin.read())))
+        with in_these_names():
+            found = measure(parse(TrainBenchSettings, json.loads(sys.stdin.read())), _tell)
+        _print(found=found)
     except PunaError as error:
-        found = {"error": type(error).__name__, "message": str(error)}
-    print(json.dumps(found), flush=True)
+        _print(error=type(error).__name__, message=str(error))
     return 0
+
+
+def _tell(doing: str, done: int) -> None:
+    _print(doing=doing, done=done)
+
+
+def _print(**values: Any) -> None:
+    print(json.dumps(values), flush=True)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ def test_the_live_view_shows_the_figures(live: Any, stage: Stage) -> None:
     expect(live.locator("#running")).to_have_text("13")
     expect(live.get_by_role("status")).to_contain_text("Draining")
     expect(live.locator("#errors tr")).to_have_count(0)
-    assert live.locator("#spark .line").get_attribute("d").count("L") == 1  # two points, one stroke
+    strokes = live.locator("#spark .line").get_attribute("d").count("L")
+    assert strokes >= 1  # a point for every look so far, a stroke between two
 
 
 def test_the_live_view_says_what_is_served(live: Any, stage: Stage) -> None:
