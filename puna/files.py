@@ -124,6 +124,8 @@ def disk_errors(doing: str, path: Path, otherwise: type[InputError], advice: str
         yield
     except OSError as error:
         reason = error.strerror or str(error)
+        if error.errno == errno.EFAULT:  # the system could not read what was to be written
+            reason = "a mapped file that is read became shorter"
         if error.errno in FULL:
             raise ResourceError(f"{reason} while {doing} ({_free(path)} free); {advice}") from error
         raise otherwise(f"{reason} while {doing}") from error

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import doctest
+import errno
+import os
 import signal
+from pathlib import Path
 
 import pytest
 
 from puna import errors, progress
 from puna.errors import CheckFailed, InputError, Interrupted, ModelError, PunaError, nearest
+from puna.files import disk_errors
 
 
 def test_exit_codes() -> None:
@@ -47,3 +51,11 @@ def test_a_message_is_one_line_of_printable_characters() -> None:
     assert message.startswith("a\\nb\\x1b[2Jéé")
     assert message.isprintable()
     assert len(message) < 2100
+
+
+def test_what_the_system_could_not_read_is_not_blamed_on_the_disk(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ModelError, match=r"^a mapped file that is read became shorter while writing it$"),
+        disk_errors("writing it", tmp_path, ModelError, "free some space"),
+    ):
+        raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))

@@ -55,8 +55,13 @@ def quantize(
         ),
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure/--no-measure", help="Run text through both models.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--measure/--no-measure",
+            help="Run text through both models, and so know what was lost; done unless said otherwise.",
+            show_default=False,
+        ),
+    ] = None,
     settings: Annotated[
         Path | None, typer.Option(help="A TOML file of settings.", show_default=False)
     ] = None,
@@ -86,7 +91,7 @@ def quantize(
     from puna.recipes.quantization.run import quantize as run
     from puna.recipes.quantization.settings import read_quantize_settings
 
-    options = given(scheme=scheme, group=group, measure=None if measure else False)
+    options = given(scheme=scheme, group=group, measure=measure)
     chosen = read_quantize_settings(settings, options, exceptions or (), change or ())
     choice = ModelChoice(source, revision, cache_dir)
     result = run(

@@ -228,10 +228,11 @@ def compare(old: S, new: S, allow_changes: bool = False) -> list[Difference]:
     return changed
 
 
-def stopped(number: int, when: str) -> Interrupted:
+def stopped(number: int) -> Interrupted:
     """A signal came where nothing had to be saved first."""
-    name = signal.Signals(number).name
-    return Interrupted(number, f"stopped by {name} {when}; what was done before is kept: {GO_ON}")
+    return Interrupted(
+        number, f"stopped by {signal.Signals(number).name}; what was saved before is whole: {GO_ON}"
+    )
 
 
 def _other_way(fixed: list[str]) -> str:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from puna.errors import Interrupted
+from puna.train.run import GO_ON
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
@@ -23,7 +24,8 @@ class StopRequest:
         """Note the first signal; a second one does not wait for the step to end."""
         if self.signal is not None:
             raise Interrupted(
-                number, "stopped at once, before this step was saved; the last checkpoint counts"
+                number,
+                f"stopped at once, before this step was saved; what was saved before is whole: {GO_ON}",
             )
         self.signal = number
 

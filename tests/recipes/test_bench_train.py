@@ -311,6 +311,38 @@ def test_progress_names_the_case_and_what_is_measured(
     ]
 
 
+def test_a_misspelt_preset_is_offered_the_nearest() -> None:
+    with pytest.raises(
+        SettingsError, match=r"puna-16m is no preset, and no model is there\. Did you mean 'puna-1"
+    ):
+        run("puna-16m")
+
+
+def test_a_case_that_is_stopped_is_not_counted_as_done(
+    directory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[float] = []
+
+    class Counts:
+        def start_at(self, amount: float) -> None: ...
+        def say(self, text: str) -> None: ...
+        def advance(self, amount: float, note: str = "") -> None:
+            done.append(amount)
+
+    @contextmanager
+    def track(label: str, total: float, unit: str) -> Iterator[Tracker]:
+        yield Counts()
+
+    def stopped(case: TrainBenchSettings, tell: training_case.Tell) -> dict[str, Any]:
+        tell("repeat 1 of 3", 1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "run_apart", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        bench("train", [directory, "device=cpu"], None, lambda line: None, track)
+    assert done == [1]
+
+
 def test_what_does_not_fit_is_told_and_the_rest_goes_on(
     directory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

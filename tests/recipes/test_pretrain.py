@@ -389,7 +389,7 @@ def test_stopped_while_speed_is_measured_claims_no_step(
         raise Interrupted(signal.SIGTERM, "stopped by SIGTERM at step 7; state is saved")
 
     monkeypatch.setattr(opening, "train", asked)
-    told = "stopped by SIGTERM while measuring speed; what was done before is kept: continue with --resume"
+    told = "stopped by SIGTERM; what was saved before is whole: continue with --resume"
     with pytest.raises(Interrupted, match=told) as stopped:
         quiet(tiny(tmp_path / "run", text, length={"steps": None, "minutes": 1}))
     assert stopped.value.exit_code == 143

@@ -343,6 +343,10 @@ def test_what_is_resumed_is_the_same(
     formats.save(changed, Weights(config, tensors.items()), tokenizer, overwrite=True)
     with pytest.raises(ModelError, match="changed since this was begun"):
         quantized(changed, target, "gptq", text, resume=True)
+    small = formats.open_model(saved).config.model_copy(update={"rope_theta": 500.0})
+    formats.save(tmp_path / "other", Weights(small, tensors.items()), tokenizer)
+    with pytest.raises(ModelError, match="begun from another model; name that one"):
+        quantized(tmp_path / "other", target, "gptq", text, resume=True)
     assert content(partial) == kept
     quantized(saved, target, "gptq", text, force=True)
     assert target.is_dir() and not partial.exists()
@@ -415,8 +419,39 @@ def test_what_another_version_began_is_not_gone_on_with(
             ModelError, match=r"was begun by Puna 0\S+ \(results of version [01]\), and this is"
         ):
             quantized(saved, target, "int8", text, resume=True)
+        with pytest.raises(ModelError, match=r"2 finished steps of Puna \S+ .*; begin again with --force$"):
+            quantized(saved, target, "int8", text)
     quantized(saved, target, "int8", text, force=True)
     assert target.is_dir() and not manifest.parent.exists()
+
+
+def test_nothing_is_taken_from_a_run_that_finished_no_step(
+    saved: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, manifest = tmp_path / "small", tmp_path / "small.partial" / "manifest.json"
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_at(patch, "after", 1, KeyboardInterrupt)
+        quantized(saved, target, "int8", text, settings={"exceptions": {"*.v_proj": "keep"}})
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "steps": []}))
+    for step in manifest.parent.glob("step-*"):
+        step.unlink()
+    quantized(saved, target, "int4", text, resume=True)
+    quantized(saved, tmp_path / "whole", "int4", text)
+    assert content(target) == content(tmp_path / "whole")
+
+
+def test_measuring_is_part_of_what_is_gone_on_with(
+    saved: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "small"
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_at(patch, "after", 1, KeyboardInterrupt)
+        quantized(saved, target, "int8", text, settings={"measure": False})
+    with pytest.raises(ModelError, match=r"begun with another measure \(False, now True\)"):
+        quantized(saved, target, "int8", text, settings={"measure": True}, resume=True)
+    quantize(formats.open_model(saved), target, settings_of({}), resume=True)
+    record = provenance.read(target)
+    assert record is not None and record["quantization"]["settings"]["measure"] is False
 
 
 def test_a_damaged_manifest(saved: Path, text: Path, tmp_path: Path) -> None:

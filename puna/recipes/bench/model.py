@@ -10,7 +10,7 @@ import torch
 import puna
 from puna.engine.arriving import Arriving, quantization
 from puna.engine.llm import context_length
-from puna.errors import SettingsError
+from puna.errors import SettingsError, nearest
 from puna.formats.source import Source
 from puna.model.config import ModelConfig
 from puna.model.counts import flops_per_token
@@ -61,6 +61,7 @@ def open_subject(
         SettingsError: the context is too short for what is to be measured, or that of a model with its own.
         ModelError: it is no model, or cannot be quantized so.
     """
+    check_name(name)
     check_context(name, context)
     if name in PRESETS:
         config = preset_config(name, context, needed)
@@ -72,6 +73,13 @@ def open_subject(
     check_room(name, subject.context, needed)
     pack(subject.model)
     return subject
+
+
+def check_name(name: str) -> None:
+    """Raises SettingsError where a name is a path to nothing, and nearly a preset's."""
+    known = name in PRESETS or "/" in name or Path(name).exists()  # with a slash it may be the hub's
+    if not known and (near := nearest(name, PRESETS)):
+        raise SettingsError(f"{name} is no preset, and no model is there.{near}")
 
 
 def preset_config(name: str, context: int | None, needed: int) -> ModelConfig:

@@ -96,7 +96,7 @@ def train(settings: TrainBenchSettings, say: Say, track: Track) -> list[Figure]:
 
 @contextlib.contextmanager
 def _shown(progress: Tracker, title: str, runs: int) -> Iterator[Tell]:
-    """Tells of a case; however it ends, all its runs are over then."""
+    """Tells of a case; when it ends, for want of memory too, all its runs are over."""
     ended = 0
 
     def tell(doing: str, done: int) -> None:
@@ -106,8 +106,11 @@ def _shown(progress: Tracker, title: str, runs: int) -> Iterator[Tell]:
 
     try:
         yield tell
-    finally:
-        progress.advance(runs - ended, title)
+    except BaseException as error:
+        if isinstance(error, ResourceError):  # else it is all of the benchmark that ends
+            progress.advance(runs - ended, title)
+        raise
+    progress.advance(runs - ended, title)
 
 
 def _described(config: ModelConfig) -> str:

@@ -17,6 +17,7 @@ from puna.errors import PunaError, nearest
 from puna.model.config import ModelConfig
 from puna.model.llama import Llama
 from puna.model.presets import PRESETS
+from puna.recipes.bench.model import check_name
 from puna.settings import Settings, parse
 from puna.train.compile import Mode
 from puna.train.optimizer import OPTIMIZERS
@@ -141,8 +142,10 @@ def shape_of(settings: TrainBenchSettings) -> ModelConfig:
 
     Raises:
         ModelError: it is neither.
+        SettingsError: it is nearly a preset.
     """
     name = settings.model
+    check_name(name)
     own = PRESETS[name] if name in PRESETS else formats.open_model(Path(name)).config
     changes: dict[str, Any] = {
         "max_position_embeddings": max(own.max_position_embeddings, *settings.row_length)

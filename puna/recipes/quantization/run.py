@@ -83,7 +83,7 @@ def quantize(
     try:
         with unfinished(job.target, job.begun, resume, force) as work:
             _tell_machine(work, say)
-            with track("Quantizing", job.config.num_hidden_layers + 1, "layers") as bar:
+            with track("Quantizing", job.config.num_hidden_layers + 1, "steps") as bar:
                 bar.start_at(max(0, len(work.records) - 1))
                 ModelQuantizer(job, work).run(bar.advance)
             record = job.record(work)

@@ -14,7 +14,7 @@ import contextlib
 import fcntl
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from puna.errors import ModelError, RunBusyError
 from puna.files import disk_errors, sync_directory, sync_file, write_atomically
 from puna.formats.huggingface.safetensors_layout import chunks
 from puna.model.weights import Packed
+from puna.progress import counted
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -34,6 +35,7 @@ _WORTH_KEEPING = 2  # steps: the embedding alone is made in a moment
 _OURS = re.compile(
     r"manifest\.json.*|\.lock|step-\d{5}\.safetensors|(source|numbers|engine|fitted|aimed)-.*\.states"
 )
+_MODEL = ("model", "stored")  # what says of an identity which model it is
 _SCALES = "|scales"  # after the name of a matrix whose codes lie under that name
 
 
@@ -118,7 +120,7 @@ def partial_of(target: Path) -> Path:
 
 
 def begun(target: Path, version: str) -> Begun | None:
-    """How the quantization that lies unfinished beside `target` was begun; None where none does.
+    """How the quantization that lies unfinished beside `target` was begun; None where no step of one does.
 
     Raises:
         ModelError: its manifest is damaged, or it was begun by another version.
@@ -127,7 +129,9 @@ def begun(target: Path, version: str) -> Begun | None:
     if not (directory / MANIFEST).is_file():
         return None
     stored = _read(directory / MANIFEST)
-    found = Begun(stored["identity"], stored.get("inputs", {}))
+    found = _begun(stored)
+    if not stored["steps"]:  # a kill left it before there was anything to go on with
+        return None
     if found.version != version:
         raise ModelError(
             f"{directory} was begun by {found.version}, and this is {version}, which would go on otherwise; "
@@ -186,11 +190,17 @@ def _found(directory: Path, now: Begun, resume: bool, force: bool) -> Unfinished
         return Unfinished(directory, now, [])
     steps = stored["steps"]
     if not resume and steps:
+        same = _begun(stored).version == now.version
         raise ModelError(
-            f"{directory} holds {len(steps)} finished steps of an earlier run; go on with it by --resume, or "
+            f"{directory} holds {counted(len(steps), 'finished step')} of "
+            f"{'an earlier run; go on with it by --resume, or' if same else _begun(stored).version + ';'} "
             "begin again with --force"
         )
     changed = list(_changed(stored["identity"], now.identity))
+    if resume and steps and any(stored["identity"].get(part) != now.identity[part] for part in _MODEL):
+        raise ModelError(
+            f"{directory} was begun from another model; name that one, or begin again with --force"
+        )
     if resume and changed and steps:
         raise ModelError(
             f"{directory} was begun with another {', '.join(changed)}; leave out what differs, or begin "
@@ -203,7 +213,8 @@ def _read(manifest: Path) -> dict[str, Any]:
     try:
         stored = json.loads(manifest.read_text(encoding="utf-8"))
         whole = stored["version"] == VERSION and isinstance(stored["steps"], list)
-        whole = whole and isinstance(stored["identity"], dict)
+        whole = whole and isinstance(stored["identity"]["settings"], dict)
+        whole = whole and isinstance(stored.get("inputs", {}), dict)
     except (OSError, ValueError, KeyError, TypeError):
         whole = False
     if not whole:
@@ -211,6 +222,10 @@ def _read(manifest: Path) -> dict[str, Any]:
             f"{manifest}: damaged, or of another version; remove {manifest.parent} if it is not needed"
         )
     return stored
+
+
+def _begun(stored: Mapping[str, Any]) -> Begun:
+    return Begun(stored["identity"], stored.get("inputs", {}))
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:

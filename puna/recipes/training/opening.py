@@ -146,7 +146,7 @@ def _update_for_nothing(session: Session, steps: int) -> None:
             precision=session.precision, world=session.world,
         )  # fmt: skip
     except Interrupted as stop:  # the loop tells of its steps, and of state saved: here are neither
-        raise stopped(stop.exit_code - 128, "while measuring speed") from None
+        raise stopped(stop.exit_code - 128) from None
 
 
 def _introduce(session: Session, device: torch.device) -> None:

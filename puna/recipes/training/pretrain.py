@@ -53,10 +53,10 @@ def pretrain(
         say, track = _nothing, silent
     try:
         return _run(settings, world, resume, allow_changes, say, track)
-    except KeyboardInterrupt:  # outside the loop, which finishes its step and saves
+    except (KeyboardInterrupt, SystemExit) as stop:  # outside the loop, which finishes its step and saves
         if not RunDirectory(Path(settings.out)).exists:
             raise
-        raise stopped(signal.SIGINT, "before or after its updates") from None
+        raise stopped(signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM) from None
     finally:
         parallel.stop()
 

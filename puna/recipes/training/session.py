@@ -224,7 +224,7 @@ class Session:
     def _conclude(self, score: Validation, yardsticks: dict[str, float]) -> None:
         beside = "".join(f", {name} -9 {bits:.3f}" for name, bits in yardsticks.items())
         self.say(
-            f"Held-out text, {score.tokens:,} tokens: loss {score.loss:.4f}, "
+            f"Held-out text, {score.tokens:,} tokens, each after at least half a row: loss {score.loss:.4f}, "
             f"perplexity {score.perplexity:.2f}, bits per byte {score.bits_per_byte:.3f}{beside}\n"
             f"Model:  {self.run.model}\nReport: {self.run.report}"
         )
