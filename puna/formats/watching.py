@@ -1,8 +1,8 @@
 """Files that are mapped and must not become shorter: who touches a page beyond their end is killed (SIGBUS).
 
 They are looked at before each tensor, so that a copy begun over them, or a download begun anew, ends in one
-line. A file that shrinks while one tensor is computed with is still out of reach: there only a copy of every
-tensor would help. Files that are replaced by a rename, as every careful program does, stay whole.
+line. What was handed out already is out of reach, as a whole layer is while it is quantized: there only a
+copy of every tensor would help. Files that are replaced by a rename, as careful programs do, stay whole.
 """
 
 from __future__ import annotations
